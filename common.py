@@ -1,0 +1,1807 @@
+"""What every method file shares, in the order in which its `main` uses it.
+
+Processes and the run folder; rows of data; the model; batches; response log-probs; reference
+log-probs; the optimizer step; metrics, checkpoints, resume and export. No paper has an opinion
+about any of it: what one has an opinion about (a loss, a KL, a normalisation, a default) stands in
+that method's file.
+
+A row of data is always the same thing: a prompt and its K responses. A method is a function of the
+(B, K) matrix of response log-probs. With this file, one method file, a JSONL and a local model,
+training works; `report.py` (curves, samples, the closing block), `generation.py`, `sources.py`
+(short names, hubs) and `family.py` are used where they are.
+
+Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.11-2.13 and transformers
+5.17-5.23.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+HERE = Path(__file__).resolve().parent
+MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # the one that prints and writes
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend. Shown as one message, without a traceback."""
+
+
+def _show_user_errors(kind, error, trace, default=sys.excepthook) -> None:
+    if not issubclass(kind, UserError):
+        default(kind, error, trace)
+    elif MAIN_PROCESS:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+sys.excepthook = _show_user_errors
+
+
+def say(label: str, text: str) -> None:
+    """One aligned line of the header, from the main process only."""
+    if MAIN_PROCESS:
+        print(f"{label:<11}{text}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# 1. Start: arguments, processes, the run folder
+
+
+def short_name(model: str) -> str:
+    """The name under which a method's table knows a model: what a checkpoint of ours was trained
+    from, through any number of runs, else the last part of a hub id or path.
+    """
+    config = model_folder(model) / "config.json"
+    if config.is_file():
+        ours = json.loads(config.read_text()).get("plainpref")
+        if ours:
+            return ours["base_model"]
+    return Path(model).name.lower()
+
+
+def model_folder(model: str) -> Path:
+    """The folder that `tiny` or a path stands for. (A hub id gives a folder that is not there.)"""
+    return HERE / "tiny" if model == "tiny" else Path(model).expanduser()
+
+
+def fill_in(args: Any, settings: dict[str, dict]) -> dict[str, str]:
+    """Give every argument left out the value of its model's row in the method's table; return where
+    each came from.
+    """
+    name = "tiny" if args.model == "tiny-untrained" else short_name(args.model)
+    row = settings.get(name) or next(row for key, row in settings.items() if key != "tiny")
+    published = next(key for key in settings if settings[key] is row)
+    origin = {}
+    for f in dataclasses.fields(args):
+        if getattr(args, f.name) is None and f.name in row:
+            setattr(args, f.name, row[f.name])
+            origin[f.name] = f"{published}: {row['source']}"
+        else:
+            origin[f.name] = "default" if getattr(args, f.name) == f.default else "command line"
+    taken = [
+        f"{key} {getattr(args, key)}"
+        for key, value in origin.items()
+        if value.startswith(f"{published}: ")
+    ]
+    if taken:
+        untested = "" if published == name else f", untested on {name}"
+        say("settings", f"{', '.join(taken)}\n{'':<11}published for {published}{untested} ({row['source']})"
+            if published != "tiny" else f"{', '.join(taken)} ({row['source']})")  # fmt: skip
+    return origin
+
+
+def check_shared(args: Any) -> None:
+    """Values that no script can work with, named before anything is loaded."""
+    for name in (
+        "batch_size",
+        "micro_batch_size",
+        "max_length",
+        "max_prompt_length",
+        "epochs",
+        "max_steps",
+    ):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"{flag(name)} must be 1 or more, got {value}")
+    for name in (
+        "eval_every",
+        "sample_every",
+        "save_every",
+        "keep_last",
+        "weight_decay",
+        "max_grad_norm",
+    ):
+        if getattr(args, name) < 0:
+            raise UserError(f"{flag(name)} must be 0 or more, got {getattr(args, name)}")
+    if args.lr is None or args.lr <= 0:
+        raise UserError(f"--lr must be positive, got {args.lr}")
+    if not 0 <= args.warmup_ratio < 1:
+        raise UserError(f"--warmup-ratio must be in [0, 1), got {args.warmup_ratio}")
+    if args.max_prompt_length >= args.max_length:
+        raise UserError(
+            f"--max-prompt-length {args.max_prompt_length} leaves no room for a response in "
+            f"--max-length {args.max_length}"
+        )
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# Arguments that leave the trained weights as they are (but for rounding): a resumed run may change
+# them.
+BOOKKEEPING = frozenset(
+    "output_dir resume eval_dataset eval_every sample_every save_every keep_last cache_dir export_dtype "
+    "micro_batch_size deterministic".split()
+)
+
+
+def start(args: Any, settings: dict[str, dict], script: str) -> Run:
+    """Fill in what was left out of `args`, start the processes, open the run folder. The first line
+    of every main.
+    """
+    origin = fill_in(args, settings)
+    check_shared(args)
+    if args.dtype is None:
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        args.dtype = "bfloat16" if bf16 else "float32"
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(args.seed)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # Long, because one process may tokenise or write a checkpoint while the others wait.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_two_hours()
+        )
+    run = Run(args, origin, Path(script).resolve())
+    run.open_folder()
+    return run
+
+
+def _two_hours():
+    from datetime import timedelta
+
+    return timedelta(hours=2)
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_main(make: Callable[[], dict]) -> dict:
+    """What `make` returns on the main process, on every process; a UserError there is one
+    everywhere.
+    """
+    result = {}
+    if MAIN_PROCESS:
+        try:
+            result = make()
+        except UserError as error:
+            result = {"error": str(error)}
+    if processes() > 1:
+        text = json.dumps(result).encode()
+        size = torch.tensor([len(text)])
+        dist.broadcast(size, 0)
+        data = torch.frombuffer(bytearray(text.ljust(int(size))), dtype=torch.uint8)[
+            : int(size)
+        ].clone()
+        dist.broadcast(data, 0)
+        result = json.loads(bytes(data.tolist()))
+    if "error" in result:
+        raise UserError(result["error"])
+    return result
+
+
+class Processes:
+    """This process among its peers, and the signals that ask it to stop."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", "0")), processes()
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        self.signal = 0  # the number of a SIGTERM or SIGINT received
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.signal:  # asked twice: now
+            raise SystemExit(128 + number)
+        self.signal = number
+
+    def share(self, micros: list[Any], label: str) -> Iterator[Any]:
+        """This process's part of a list, with a progress bar; every process goes round equally
+        often, so that all agree on a stop asked for with a signal.
+        """
+        for at in progress_bar(range(0, len(micros), self.world), label):
+            if at + self.rank < len(micros):
+                yield micros[at + self.rank]
+            self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """For loops outside of an optimizer step: all processes stop, if one was asked to."""
+        asked = torch.tensor(float(self.signal), device=self.device)
+        if self.world > 1:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if asked:
+            self.stop(int(asked))
+
+    def stop(self, number: int) -> None:
+        raise SystemExit(128 + number)
+
+
+class Run(Processes):
+    """One training run: where it stands, what it has measured, and its folder."""
+
+    def __init__(self, args: Any, origin: dict[str, str], script: Path):
+        super().__init__()
+        self.args, self.origin, self.script = args, origin, script
+        self.folder = Path(args.output_dir or Path("runs") / self._default_name())
+        self.step = 0  # optimizer steps done
+        self.total_steps = 0  # known when the rows are
+        self.policy = self.optimizer = (
+            None  # bound by `restore`; until then there is nothing to save
+        )
+        self.sums: dict[str, list] = {}  # metric -> [sum, count], since the last step
+        self.skipped_in_a_row = 0
+        self.bar = None
+
+    # -- the folder
+
+    def _default_name(self) -> str:
+        parts = [self.script.stem]
+        for name, where in self.origin.items():
+            if where == "command line" and name not in BOOKKEEPING:
+                value = getattr(self.args, name)
+                text = (
+                    re.sub(r"\.?0*e([-+])0*", r"e\1", f"{value:e}")
+                    if isinstance(value, float)
+                    else str(value)
+                )
+                if isinstance(value, float) and 0.001 <= abs(value) < 1e4:
+                    text = f"{value:g}"
+                text = re.sub(r"[^\w.+-]+", "_", text).strip("_")
+                parts.append(f"{name.replace('_', '')}{'' if text[:1].isdigit() else '-'}{text}")
+        name = "-".join(parts)
+        return (
+            name
+            if len(name) <= 120
+            else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        )
+
+    def open_folder(self) -> None:
+        """Take the folder for this run: a new one, one to continue, or the closing block of a
+        finished one.
+        """
+        answer = from_main(self._open_folder)
+        self.folder = Path(answer["folder"])
+        if answer["finished"]:
+            if MAIN_PROCESS:
+                print((self.folder / "summary.txt").read_text(), end="")
+                print(
+                    f"\nThis run is finished. To run it again beside the old one: {flag('resume')} never"
+                )
+            raise SystemExit(0)
+
+    def _open_folder(self) -> dict:
+        old = self.folder / "run.json"
+        if self.args.resume == "never":
+            first, n = self.folder, 1
+            while self.folder.exists() and any(self.folder.iterdir()):
+                n += 1
+                self.folder = first.with_name(f"{first.name}-{n}")
+        elif old.is_file():
+            self._refuse_other_run(json.loads(old.read_text()))
+        elif self.folder.exists() and any(p.name != ".lock" for p in self.folder.iterdir()):
+            raise UserError(
+                f"{self.folder} is not empty and no run of this project. Choose another --output-dir"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        record = self._describe()
+        same = old.is_file() and json.loads(old.read_text())["arguments"] == record["arguments"]
+        if (self.folder / "summary.txt").is_file() and same:
+            return {"folder": str(self.folder), "finished": True}
+        (self.folder / "summary.txt").unlink(missing_ok=True)
+        write_atomically(self.folder / "run.json", json.dumps(record, indent=1) + "\n")
+        for source in (self.script, HERE / "common.py"):
+            write_atomically(self.folder / source.name, source.read_text())
+        say("run", f"{self.folder}, {self.world} process(es) on {self.device.type}")
+        return {"folder": str(self.folder), "finished": False}
+
+    def _lock(self) -> None:
+        """Two runs in one folder would write over each other."""
+        try:
+            import fcntl
+
+            self.lock = open(self.folder / ".lock", "w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training in {self.folder}") from None
+        except (ImportError, OSError):  # no such locks here (Windows, some network disks)
+            pass
+
+    def _refuse_other_run(self, old: dict) -> None:
+        new = self._describe()
+        differ = []
+        for name in sorted(set(old["arguments"]) | set(new["arguments"])):
+            was, now = (record["arguments"].get(name, "(no such flag)") for record in (old, new))
+            if (
+                was != now
+                and name not in BOOKKEEPING
+                and not (name == "max_steps" and self._may_grow(was, now))
+            ):
+                differ.append(f"{flag(name)} was {was}, now {now}")
+        differ += [
+            f"{name} has changed since"
+            for name, hash in new["source"].items()
+            if old["source"].get(name) != hash
+        ]
+        if differ:
+            raise UserError(
+                f"{self.folder} holds another run: {'; '.join(differ)}. "
+                "--resume never starts a new folder beside it, --output-dir names another one"
+            )
+        if old["processes"] != self.world:
+            say(
+                "resume",
+                f"{self.world} processes now, {old['processes']} before: the same steps but for rounding",
+            )
+
+    def _may_grow(self, was: Any, now: Any) -> bool:
+        return (
+            self.args.schedule == "constant"
+            and not self.args.warmup_ratio
+            and (was or 0) <= (now or 0)
+        )
+
+    def _describe(self) -> dict:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        return {
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "arguments": dataclasses.asdict(self.args),
+            "from": self.origin,
+            "processes": self.world,
+            "source": {p.name: file_hash(p) for p in (self.script, HERE / "common.py")},
+            "commit": _git_commit(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": _version("transformers"),
+            },
+            "hardware": gpu or f"{platform.machine()}, {os.cpu_count()} cores",
+        }
+
+    # -- which rows, when: a function of seed, epoch and step alone
+
+    def plan(self, train: Rows) -> None:
+        """How many steps there are, and how a step is dealt to processes and micro-batches."""
+        args = self.args
+        if len(train) < args.batch_size:
+            raise UserError(
+                f"{len(train):,} training rows are less than one batch: --batch-size {args.batch_size}"
+            )
+        each, rest = divmod(args.batch_size, self.world)
+        if rest:
+            near = [n for n in (args.batch_size - rest, args.batch_size - rest + self.world) if n]
+            raise UserError(
+                f"--batch-size {args.batch_size} cannot be dealt to {self.world} processes; "
+                f"{' or '.join(map(str, near))} can"
+            )
+        if self.origin["micro_batch_size"] != "command line":
+            args.micro_batch_size = max(
+                n for n in range(1, args.micro_batch_size + 1) if each % n == 0
+            )
+        elif each % args.micro_batch_size:
+            fits = [str(n) for n in range(1, each + 1) if each % n == 0]
+            raise UserError(
+                f"--micro-batch-size {args.micro_batch_size} does not divide the {each} prompts of a step that each "
+                f"process has; {', '.join(fits)} do"
+            )
+        self.steps_per_epoch = len(train) // args.batch_size  # a last short batch is dropped
+        self.total_steps = args.max_steps or int(args.epochs * self.steps_per_epoch)
+        if self.total_steps < 1:
+            raise UserError(
+                f"--epochs {args.epochs} of {self.steps_per_epoch} steps each is less than one step"
+            )
+        self.lengths = [row.length() for row in train.rows]
+        say(
+            "steps",
+            f"{self.total_steps:,} of {args.batch_size} prompts ({self.total_steps / self.steps_per_epoch:.2f} epochs), "
+            f"in micro-batches of {args.micro_batch_size}",
+        )
+
+    def step_rows(self, step: int) -> list[list[int]]:
+        """The micro-batches of a step, over all processes: process r takes every world-th from r
+        on.
+        """
+        epoch, at = divmod(step, self.steps_per_epoch)
+        order = (
+            np.random.default_rng([self.args.seed, epoch]).permutation(len(self.lengths)).tolist()
+        )
+        size = self.args.batch_size
+        return micro_batches(
+            self.lengths, order[at * size : (at + 1) * size], self.args.micro_batch_size
+        )
+
+    def used_rows(self, train: Rows) -> list[list[int]]:
+        """Micro-batches that hold every row the run will train on once: the first epoch's, then
+        what it left out.
+        """
+        first = min(self.total_steps, self.steps_per_epoch)
+        micros = [micro for step in range(first) for micro in self.step_rows(step)]
+        if self.total_steps > self.steps_per_epoch:
+            left = sorted(set(range(len(train))).difference(i for micro in micros for i in micro))
+            micros += micro_batches(self.lengths, left, self.args.micro_batch_size)
+        return micros
+
+    def held_out_rows(self, held_out: Rows) -> list[list[int]]:
+        lengths = [row.length() for row in held_out.rows]
+        return micro_batches(lengths, list(range(len(held_out))), self.args.micro_batch_size)
+
+    def batches(self, data: Rows) -> Iterator[Batch]:
+        """The optimizer steps still to do, from where the run stands."""
+        self.bar = progress_bar(range(self.total_steps), self.script.stem, initial=self.step)
+        while self.step < self.total_steps:
+            # Whatever is drawn in a step depends on (seed, step, process) alone: there is no state
+            # to save.
+            torch.manual_seed(hash_of(self.args.seed, self.step, self.rank))
+            micros = self.step_rows(self.step)
+            rows = [data.rows[i] for micro in micros for i in micro]
+            self.clock, self.tokens = time.perf_counter(), 0
+            yield Batch(
+                (self._collated(data, indexes) for indexes in micros[self.rank :: self.world]),
+                prompts=len(rows),
+                response_tokens=sum(len(r) for row in rows for r in row.responses),
+                step=self.step,
+            )
+        self.bar.close()
+
+    def _collated(self, data: Rows, indexes: list[int]) -> Micro:
+        micro = collate(data, indexes, self.device)
+        self.tokens += micro.tokens
+        return micro
+
+    # -- metrics are sums and counts, so that they are right over micro-batches and processes
+
+    def add(self, metrics: dict[str, Tensor | tuple[Tensor, Tensor]]) -> None:
+        """Values to average at the end of the step; (values, weights) for a weighted mean."""
+        for name, value in metrics.items():
+            values, weights = value if isinstance(value, tuple) else (value, torch.ones_like(value))
+            entry = self.sums.setdefault(name, [0.0, 0.0])
+            entry[0] += values.detach().double().sum()
+            entry[1] += weights.detach().double().sum()
+
+    def _reduce(self, *more: float) -> tuple[dict[str, float], list[float]]:
+        """The metrics over all processes, and the sums of `more` over them, in one exchange."""
+        names = sorted(self.sums)
+        flat = [x for name in names for x in self.sums[name]] + list(more)
+        sums = torch.stack(
+            [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in flat]
+        )
+        if self.world > 1:
+            dist.all_reduce(sums)
+        values = sums.tolist()
+        self.sums = {}
+        means = {
+            name: values[2 * i] / values[2 * i + 1]
+            for i, name in enumerate(names)
+            if values[2 * i + 1]
+        }
+        return means, values[2 * len(names) :]
+
+    def log(self, record: dict[str, Any]) -> None:
+        if MAIN_PROCESS:
+            with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(record) + "\n")
+
+    # -- one optimizer step
+
+    def update(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Sum gradients over processes, clip, step, log, save when due. (The loss is already
+        divided by counts of the whole step, so gradients are summed, never averaged.)
+        """
+        args = self.args
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        sum_gradients(parameters)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        factor = schedule_factor(args.schedule, args.warmup_ratio, self.step, self.total_steps)
+        metrics, (tokens, signalled) = self._reduce(self.tokens, self.signal)
+        finite = bool(norm.isfinite()) and np.isfinite(metrics.get("loss", 0.0))
+        if finite:
+            if args.max_grad_norm:
+                nn.utils.clip_grads_with_norm_(parameters, args.max_grad_norm, norm)
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * factor
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.step += 1
+        seconds = time.perf_counter() - self.clock
+        self.log(
+            {"step": self.step, "epoch": self.step / self.steps_per_epoch}
+            | {name: value if np.isfinite(value) else None for name, value in metrics.items()}
+            | {
+                "grad_norm": float(norm) if norm.isfinite() else None,
+                "lr": args.lr * factor,
+                "skipped": int(not finite),
+            }
+            | {
+                "tokens_per_second": tokens / seconds,
+                "seconds_per_step": seconds,
+                "peak_memory_gib": peak_memory(),
+            }
+        )
+        shown = {name: metrics[name] for name in ("loss", "rewards/accuracies") if name in metrics}
+        self.bar.set_postfix(
+            {k: f"{v:.3f}" for k, v in shown.items()} | {"tok/s": f"{tokens / seconds:,.0f}"}
+        )
+        self.bar.update()
+        if self.skipped_in_a_row >= 3:
+            raise UserError(
+                f"loss or gradient was not finite in steps {self.step - 2} to {self.step}; no such step touched the "
+                f"weights. The last good checkpoint is in {self.folder}; a lower --lr is the usual cure"
+            )
+        if (
+            finite
+            and args.save_every
+            and self.step % args.save_every == 0
+            and self.step < self.total_steps
+        ):
+            self.save()
+        if signalled:  # the sum over processes; each knows its own number, or takes SIGTERM's
+            self.stop(self.signal or signal.SIGTERM)
+
+    # -- evaluation
+
+    @property
+    def evaluation_due(self) -> bool:
+        every = [n for n in (self.args.eval_every, self.args.sample_every) if n]
+        return self.step == 0 or any(self.step % n == 0 for n in every)
+
+    def evaluate(
+        self,
+        losses_of: Callable[[Micro], tuple[Tensor, dict]],
+        held_out: Rows,
+        policy: nn.Module,
+        tokenizer: Any,
+    ) -> None:
+        """The method's own loss and metrics on held-out rows, and greedy samples; at step 0 and at
+        the end too.
+        """
+        ends = self.step in (0, self.total_steps)
+        if len(held_out) and (
+            ends or (self.args.eval_every and self.step % self.args.eval_every == 0)
+        ):
+            training, self.sums = self.sums, {}
+            with torch.no_grad():
+                for indexes in self.share(self.held_out_rows(held_out), "held-out rows"):
+                    self.add(losses_of(collate(held_out, indexes, self.device))[1])
+            metrics, _ = self._reduce()
+            self.sums = training
+            self.log(
+                {"step": self.step} | {f"eval/{name}": value for name, value in metrics.items()}
+            )
+            shown = [n for n in ("loss", "rewards/accuracies", "rewards/margins") if n in metrics]
+            self.print(
+                f"step {self.step:<6}"
+                + "held-out "
+                + ", ".join(f"{n} {metrics[n]:.4f}" for n in shown)
+            )
+        if ends or (self.args.sample_every and self.step % self.args.sample_every == 0):
+            report = beside("report")
+            if report:
+                report.sample(self, held_out, policy, tokenizer)
+
+    def print(self, text: str) -> None:
+        """A line that does not tear the progress bar."""
+        if MAIN_PROCESS:
+            self.bar.write(text) if self.bar is not None else print(text, flush=True)
+
+    def stop(self, number: int) -> None:
+        """Save what there is and leave, as a signal asked."""
+        where = "nothing to save yet"
+        if self.optimizer is not None:
+            self.save()
+            where = f"saved step {self.step} in {self.folder}"
+        self.print(f"stopped: {where}. The same command continues.")
+        raise SystemExit(128 + number)
+
+    # -- checkpoints: everything an exact continuation needs, as safetensors and JSON
+
+    def save(self) -> None:
+        """Written beside, flushed to disk, then renamed: a checkpoint is whole or not there. Only
+        the main process writes; the others wait for it at the next exchange.
+        """
+        if not MAIN_PROCESS or (self.folder / f"checkpoint-{self.step}").exists():
+            return
+        weights, state = _state_tensors(self.policy), optimizer_tensors(self.policy, self.optimizer)
+        need = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
+        free = shutil.disk_usage(self.folder).free
+        if free < need * 1.05:
+            raise UserError(
+                f"a checkpoint takes {need / 2**30:.2f} GiB and {self.folder} has {free / 2**30:.2f} GiB free"
+            )
+        temporary = self.folder / f"tmp-checkpoint-{self.step}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save_file(
+            {name: t.detach().cpu() for name, t in weights.items()},
+            temporary / "policy.safetensors",
+        )
+        save_file(
+            {name: t.detach().cpu() for name, t in state.items()},
+            temporary / "optimizer.safetensors",
+        )
+        logs = {name: _size(self.folder / name) for name in LOGS}
+        facts = {"step": self.step, "skipped_in_a_row": self.skipped_in_a_row, "logs": logs}
+        (temporary / "state.json").write_text(json.dumps(facts))
+        manifest = {
+            p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)}
+            for p in sorted(temporary.iterdir())
+        }
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        sync_folder(temporary)
+        temporary.rename(self.folder / f"checkpoint-{self.step}")
+        sync_folder(self.folder)
+        for old in self._checkpoints()[max(1, self.args.keep_last) :]:
+            shutil.rmtree(old)
+
+    def _checkpoints(self) -> list[Path]:
+        """Newest first."""
+        found = [
+            p
+            for p in self.folder.glob("checkpoint-*")
+            if p.name.removeprefix("checkpoint-").isdigit()
+        ]
+        return sorted(found, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+
+    def restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        self.policy, self.optimizer = policy, optimizer
+
+        def newest() -> dict:
+            for folder in self._checkpoints():
+                if damage := damage_of(folder):
+                    say(
+                        "resume",
+                        f"{folder.name} is damaged ({damage}), going back to the one before",
+                    )
+                else:
+                    return {"folder": str(folder)}
+            return {}
+
+        folder = Path(from_main(newest).get("folder", ""))
+        facts = {"step": 0, "skipped_in_a_row": 0, "logs": dict.fromkeys(LOGS, 0)}
+        if folder != Path():
+            facts = json.loads((folder / "state.json").read_text())
+            with safe_open(folder / "policy.safetensors", "pt") as saved, torch.no_grad():
+                for name, tensor in _state_tensors(policy).items():
+                    tensor.copy_(saved.get_tensor(name))
+            with safe_open(folder / "optimizer.safetensors", "pt") as saved:
+                set_optimizer_tensors(
+                    policy, optimizer, {name: saved.get_tensor(name) for name in saved.keys()}
+                )
+            say("resume", f"step {facts['step']} of {self.total_steps}, from {folder}")
+        self.step, self.skipped_in_a_row = facts["step"], facts["skipped_in_a_row"]
+        if MAIN_PROCESS:
+            for name, size in facts[
+                "logs"
+            ].items():  # what was logged after the checkpoint will be logged again
+                if _size(self.folder / name) > size:
+                    os.truncate(self.folder / name, size)
+            for left in self.folder.glob("tmp-*"):
+                shutil.rmtree(left)
+
+    # -- the end
+
+    def finish(self, policy: nn.Module, tokenizer: Any) -> None:
+        """Save the last checkpoint and the trained model, then say what improved."""
+        self.save()
+        if MAIN_PROCESS:
+            self.export(policy, tokenizer)
+        report = beside("report")
+        text = (
+            report.closing(self, policy, tokenizer)
+            if report
+            else f"The trained model is in {self.folder}\n"
+        )
+        if MAIN_PROCESS:
+            print("\n" + text, end="", flush=True)
+            write_atomically(self.folder / "summary.txt", text)
+        if self.world > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def export(self, policy: nn.Module, tokenizer: Any) -> None:
+        """A folder that plain Transformers loads, version 5 or 4."""
+        temporary = self.folder / "tmp-export"
+        shutil.rmtree(temporary, ignore_errors=True)
+        before = getattr(policy.config, "plainpref", None) or {
+            "base_model": short_name(self.args.model),
+            "history": [],
+        }
+        policy.config.plainpref = {**before, "history": [*before["history"], self.script.stem]}
+        dtype = getattr(torch, self.args.export_dtype)
+        state = {name: tensor.to(dtype) for name, tensor in policy.state_dict().items()}
+        policy.save_pretrained(temporary, state_dict=state)
+        tokenizer.save_pretrained(temporary)
+        mend_for_transformers_4(temporary, dtype)
+        sync_folder(temporary)
+        for file in temporary.iterdir():
+            os.replace(file, self.folder / file.name)
+        temporary.rmdir()
+        sync_folder(self.folder)
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(HERE), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The old text or the new one, whatever happens in between."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names and contents in a folder survive a power cut."""
+    for path in [*folder.iterdir(), folder]:
+        if path.is_file() or path == folder:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+# --------------------------------------------------------------------------------------------------
+# 2. Tokenizer and rows
+
+
+def load_tokenizer(model: str, max_length: int):
+    """The model's own tokenizer, with `stop_ids`: every id that ends a response (a chat model may
+    have several).
+    """
+    if model == "tiny-untrained":
+        import family
+
+        tokenizer, config, generation = family.hf_tokenizer(), None, None
+    else:
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+        path = resolve_model(model)
+        config = _from_hub(lambda: AutoConfig.from_pretrained(path), model)
+        tokenizer = _from_hub(lambda: AutoTokenizer.from_pretrained(path), model)
+        try:
+            generation = GenerationConfig.from_pretrained(path)
+        except OSError:  # many base models have none
+            generation = None
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and max_length > limit:
+        raise UserError(f"--max-length {max_length}: {model} takes {limit} tokens at most")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"the tokenizer of {model} has no end-of-sequence token: responses could never end"
+        )
+    more = getattr(generation, "eos_token_id", None)
+    tokenizer.stop_ids = frozenset(
+        [tokenizer.eos_token_id]
+        + (more if isinstance(more, list) else [] if more is None else [more])
+    )
+    # Whether sequences begin with BOS is the tokenizer's own habit: GPT-2 has one and does not use
+    # it.
+    first = tokenizer("a").input_ids[:1]
+    tokenizer.bos = first if first == [tokenizer.bos_token_id] else []
+    return tokenizer
+
+
+def resolve_model(model: str) -> str:
+    """A folder if there is one, else a hub id (short names are looked up in sources.py)."""
+    folder = model_folder(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"--model {model}: no config.json in {folder}. Is this a folder that a run saved?"
+            )
+        return str(folder)
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.startswith("runs/"):
+        raise UserError(f"--model {model}: there is no such folder")
+    sources = beside("sources")
+    return sources.MODELS.get(model, model) if sources else model
+
+
+def _from_hub(load: Callable, model: str) -> Any:
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) and "Unrecognized" not in str(error):
+            raise
+        raise UserError(
+            f"--model {model}: looked for a folder {model_folder(model)} and for {resolve_model(model)} on the Hugging "
+            f"Face hub and in its cache, in vain ({first_line(error)}). Offline, give a folder with config.json, "
+            "*.safetensors and tokenizer files; for a gated model, accept its licence on its page and `hf auth login`"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@dataclass
+class Row:
+    """A prompt and its responses as token ids. `prompt` begins with BOS where the model has one."""
+
+    prompt: np.ndarray  # int32
+    responses: list[np.ndarray]  # K of them; EOS at the end unless cut
+    ask: (
+        np.ndarray
+    )  # what to generate from for a sample: the prompt, also where it counts as response
+
+    def length(self) -> int:
+        return len(self.prompt) + max(map(len, self.responses))
+
+
+@dataclass
+class Rows:
+    """A data set, ready to train on."""
+
+    name: str
+    rows: list[Row]
+    ref_logps: Tensor | None = None  # (N, K) float64, NaN where not computed
+    prompts_from_family: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def digest(self) -> str:
+        """Of all token ids: other rows, another tokenizer, template or length give another digest."""
+        state = hashlib.sha256()
+        for row in self.rows:
+            for ids in (row.prompt, *row.responses):
+                state.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+        return state.hexdigest()
+
+
+class BadRow(Exception):
+    """Why a row cannot be used."""
+
+
+def load_rows(
+    dataset: str,
+    eval_dataset: str | None,
+    kind: str,  # "pair" or "demonstration": what the method takes
+    tokenizer,
+    max_length: int,  # tokens of prompt and response together
+    max_prompt_length: int,  # tokens kept of a prompt whose row is too long
+    pairs: str = "best-worst",  # how a ranked list becomes pairs
+    skip_bad_rows: bool = False,
+    prompt_too: bool = False,  # demonstrations: the prompt counts as response (all but its first token)
+) -> tuple[Rows, Rows]:
+    """Training rows and held-out rows; prints the data report; stops at the first sign of bad rows."""
+    cut = (max_length, max_prompt_length)
+    train = _read(dataset, "train", kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too)
+    if eval_dataset:
+        held_out = _read(
+            eval_dataset, "test", kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too
+        )
+    elif own_test := _own_test_split(dataset):
+        held_out = _read(own_test, "test", kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too)
+    else:
+        held_out = _hold_out(train)
+    return train, held_out
+
+
+def _own_test_split(dataset: str) -> str | None:
+    if dataset.split(":")[0] == "family":
+        return dataset
+    sources = beside("sources")
+    return sources.test_split(dataset) if sources else None
+
+
+def _hold_out(train: Rows) -> Rows:
+    """A twentieth of the rows, 512 at most, chosen by a hash of the prompt: all rows of a prompt
+    are on one side.
+    """
+    scored = [hashlib.sha256(row.prompt.tobytes()).digest()[:8] for row in train.rows]
+    most = min(512, len(train) // 20)
+    border = sorted(scored)[most] if most else b""
+    held_out = [row for row, score in zip(train.rows, scored, strict=True) if score < border]
+    train.rows = [row for row, score in zip(train.rows, scored, strict=True) if score >= border]
+    say("held out", f"{len(held_out):,} of these rows (--eval-dataset names others)")
+    return Rows(train.name, held_out)
+
+
+def _read(dataset, split, kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too) -> Rows:
+    counts: Counter[str] = Counter()
+    bad: list[str] = []
+    rows: list[Row] = []
+    found = None
+    for where, raw in _raw_rows(dataset, split, kind):
+        counts["read"] += 1
+        try:
+            if isinstance(raw, BadRow):
+                raise raw
+            found = found or _kind_of(raw)
+            for record in _records(raw, found, kind, pairs, counts):
+                row = _tokenise(record, tokenizer, cut, prompt_too, counts)
+                if row is not None:
+                    rows.append(row)
+        except BadRow as reason:
+            bad.append(f"{where}: {reason}")
+    if bad and not skip_bad_rows:
+        more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise UserError(
+            f"{len(bad):,} of {counts['read']:,} rows of {dataset} cannot be used "
+            "(--skip-bad-rows goes on without them):\n  " + "\n  ".join(bad[:10]) + more
+        )
+    if not rows:
+        raise UserError(
+            f"{dataset}: no usable row ({counts['read']:,} read, {len(bad):,} of them bad)"
+        )
+    _report(dataset, split, found, kind, pairs, rows, counts, bad, tokenizer)
+    return Rows(dataset, rows, prompts_from_family=dataset.split(":")[0] == "family")
+
+
+def _raw_rows(dataset: str, split: str, kind: str) -> Iterator[tuple[str, Any]]:
+    """(file:line, row) from the embedded task, a file, a folder of files, or the hub."""
+    path = Path(dataset).expanduser()
+    if dataset.split(":")[0] == "family":
+        import family
+
+        yield from family.rows(dataset, split, kind)
+    elif path.suffix == ".jsonl" and path.is_file():
+        yield from json_lines(path)
+    elif sources := beside("sources"):
+        yield from sources.rows(dataset, split)
+    else:
+        raise UserError(
+            f"--dataset {dataset}: there is no such .jsonl file, and sources.py, which knows other "
+            "kinds of files and the hub, does not stand beside common.py"
+        )
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with open(path, "rb") as f:  # bytes: a line that is not UTF-8 is one bad row, not the end
+        for number, line in enumerate(f, 1):
+            if line.strip():
+                yield f"{path}:{number}", parse_json(line)
+
+
+def parse_json(text: bytes) -> Any:
+    try:
+        row = json.loads(text)
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8 ({error.reason} at byte {error.start})")
+    except ValueError as error:
+        return BadRow(f"not JSON ({error})")
+    return (
+        row
+        if isinstance(row, dict)
+        else BadRow(f"a row must be an object, this is a {type(row).__name__}")
+    )
+
+
+KINDS = {  # a row's kind is the first whose columns it has
+    "ranked": ("prompt", "responses", "scores"),
+    "pair": ("chosen", "rejected"),
+    "labelled": ("prompt", "completion", "label"),
+    "demonstration": ("prompt", "completion"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+
+
+def _kind_of(raw: dict) -> str:
+    for kind, columns in KINDS.items():
+        if all(column in raw for column in columns):
+            return kind
+    known = "; ".join(", ".join(columns) for columns in KINDS.values())
+    raise BadRow(f"has the columns {', '.join(raw) or '(none)'}; known rows have: {known}")
+
+
+@dataclass
+class Record:
+    """A checked row, before the tokenizer."""
+
+    prompt: str | list[dict]
+    responses: list[str] | list[list[dict]]
+
+
+def _records(raw: dict, found: str, kind: str, pairs: str, counts: Counter) -> Iterator[Record]:
+    """What a row gives to a method that takes `kind`: itself, or what a richer row can be turned
+    into.
+    """
+    for column in KINDS[found]:
+        if raw.get(column) is None:
+            raise BadRow(f"no {column!r}")
+    if kind == "pair" and found == "pair":
+        yield _pair(raw)
+    elif kind == "pair" and found == "ranked":
+        prompt, ranked = _ranked(raw)
+        chosen = {  # distinct texts: a policy often gives the same answer twice
+            "best-worst": [(ranked[0], ranked[-1])] if len(ranked) > 1 else [],
+            "adjacent": list(zip(ranked, ranked[1:])),  # noqa: B905 (one shorter by design)
+            "all": [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :]],
+        }[pairs]
+        made = [
+            Record(prompt, [a, b]) for (score_a, a), (score_b, b) in chosen if score_a > score_b
+        ]
+        counts["all responses equal"] += not made
+        yield from made
+    elif kind == "demonstration":
+        if found == "ranked":
+            prompt, ranked = _ranked(raw)
+            yield Record(prompt, [ranked[0][1]])
+        elif found == "pair":
+            pair = _pair(raw)
+            yield Record(pair.prompt, pair.responses[:1])
+        elif found == "messages":
+            yield _dialogue(raw["messages"], "messages")
+        elif found == "text":
+            yield Record("", [_text(raw, "text")])
+        elif found == "labelled" and not isinstance(raw["label"], bool):
+            raise BadRow(f"'label' must be true or false, this is {raw['label']!r}")
+        elif found == "labelled" and not raw["label"]:
+            counts["labelled false"] += 1
+        else:
+            yield Record(_prompt(raw), [_response(raw["completion"], "completion")])
+    else:
+        raise BadRow(
+            f"holds {found} rows; needed are {kind} rows ({', '.join(KINDS[kind])}) or ranked ones"
+        )
+
+
+def _text(raw: dict, column: str) -> str:
+    if not isinstance(raw[column], str):
+        raise BadRow(f"{column!r} must be a text, this is a {type(raw[column]).__name__}")
+    if not raw[column].strip():
+        raise BadRow(f"{column!r} is empty")
+    return raw[column]
+
+
+def _messages(value: Any, column: str) -> list[dict]:
+    well_formed = isinstance(value, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in value
+    )
+    if not well_formed or not value:
+        raise BadRow(f"{column!r} must be a text or a list of messages with 'role' and 'content'")
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _prompt(raw: dict) -> str | list[dict]:
+    return (
+        _text(raw, "prompt")
+        if isinstance(raw["prompt"], str)
+        else _messages(raw["prompt"], "prompt")
+    )
+
+
+def _response(value: Any, column: str) -> str | list[dict]:
+    if isinstance(value, str):
+        return _text({column: value}, column)
+    messages = _messages(value, column)
+    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        raise BadRow(f"{column!r} must end with an assistant message that is not empty")
+    return messages
+
+
+def _dialogue(value: Any, column: str) -> Record:
+    messages = _response(value, column)
+    if isinstance(messages, str) or len(messages) < 2:
+        raise BadRow(
+            f"{column!r} must be a list of two messages or more, the last by the assistant"
+        )
+    return Record(messages[:-1], [messages[-1:]])
+
+
+def _pair(raw: dict) -> Record:
+    both = [_response(raw[column], column) for column in ("chosen", "rejected")]
+    if both[0] == both[1]:
+        raise BadRow("'chosen' and 'rejected' are the same")
+    if isinstance(both[0], str) != isinstance(both[1], str):
+        raise BadRow("'chosen' and 'rejected' must both be texts or both be lists of messages")
+    if isinstance(both[0], str):
+        if raw.get("prompt") is None:
+            raise BadRow(
+                "'chosen' and 'rejected' are texts, so there must be a 'prompt' (dialogues are lists of messages)"
+            )
+        return Record(_prompt(raw), both)
+    shared = 0  # whole dialogues: the prompt is what the two have in common, message by message
+    while shared < min(map(len, both)) - 1 and both[0][shared] == both[1][shared]:
+        shared += 1
+    if shared:
+        return Record(both[0][:shared], [side[shared:] for side in both])
+    if raw.get("prompt") is None:
+        raise BadRow(
+            "'chosen' and 'rejected' do not begin with the same message, and there is no 'prompt'"
+        )
+    prompt = _prompt(raw)
+    return Record(
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, both
+    )
+
+
+def _ranked(raw: dict) -> tuple[str | list[dict], list[tuple[float, Any]]]:
+    """The prompt and its distinct (score, response), best first; equal scores keep the order of the
+    file.
+    """
+    responses, scores = raw["responses"], raw["scores"]
+    if not isinstance(responses, list) or not isinstance(scores, list):
+        raise BadRow("'responses' and 'scores' must be lists")
+    if len(responses) != len(scores) or not responses:
+        raise BadRow(f"{len(responses)} responses but {len(scores)} scores")
+    for score in scores:
+        if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
+            raise BadRow(f"a score must be a finite number, this is {score!r}")
+    ranked = sorted(zip(scores, responses, strict=True), key=lambda pair: -pair[0])
+    distinct = {
+        json.dumps(_response(r, "responses")): (s, _response(r, "responses"))
+        for s, r in reversed(ranked)
+    }
+    return _prompt(raw), sorted(distinct.values(), key=lambda pair: -pair[0])
+
+
+def _tokenise(
+    record: Record, tokenizer, cut: tuple[int, int], prompt_too: bool, counts: Counter
+) -> Row | None:
+    """Prompt ids and response ids, each tokenised once and joined as ids, so the prompt is the same
+    for every response.
+    """
+    max_length, max_prompt_length = cut
+    prompt_text, response_texts, templated = (
+        record.prompt,
+        record.responses,
+        not isinstance(record.prompt, str),
+    )
+    if templated:
+        prompt_text, response_texts = _render(record, tokenizer)
+    elif not isinstance(record.responses[0], str):
+        raise BadRow("the prompt is a text but the responses are lists of messages")
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    prompt = encode(prompt_text)
+    while tokenizer.bos and prompt[:1] == tokenizer.bos:  # written out in the text, once or twice
+        prompt = prompt[1:]
+    prompt = tokenizer.bos + prompt
+    responses = [_with_eos(encode(text), tokenizer, templated) for text in response_texts]
+    asked = prompt[: len(tokenizer.bos)] + prompt[len(tokenizer.bos) :][-max_prompt_length:]
+
+    if prompt_too or not prompt:  # the first token has nothing before it to be predicted from
+        whole = prompt + responses[0]
+        prompt, responses = whole[:1], [whole[1:], *responses[1:]]
+        if len(record.responses) > 1:
+            raise BadRow("the prompt is empty, and this tokenizer has no BOS to begin with")
+    if len(prompt) + max(map(len, responses)) > max_length:
+        if (
+            len(prompt) > max_prompt_length
+        ):  # BOS and the end stay: the end of a prompt is the question
+            keep = max_prompt_length - len(tokenizer.bos)
+            prompt = tokenizer.bos + prompt[len(prompt) - keep :]
+            counts["prompts cut"] += 1
+        room = max_length - len(prompt)
+        counts["responses cut"] += sum(len(r) > room for r in responses)
+        responses = [r[:room] for r in responses]  # a cut response has no EOS: it did not end there
+    if len(responses) == 2 and responses[0] == responses[1]:
+        counts["equal after cutting"] += 1
+        return None
+    ask = np.array(asked, np.int32)
+    return Row(np.array(prompt, np.int32), [np.array(r, np.int32) for r in responses], ask)
+
+
+def _render(record: Record, tokenizer) -> tuple[str, list[str]]:
+    """Messages through the chat template: what stands before the answer, and what each response
+    adds to it.
+    """
+    if not tokenizer.chat_template:
+        raise BadRow(
+            "the row is a list of messages, but this model's tokenizer has no chat template"
+        )
+
+    def render(messages, **more):
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, **more)
+        except Exception as error:  # a template raises what it likes ("System role not supported")
+            raise BadRow(f"the chat template refuses it: {first_line(error)}") from None
+
+    whole = [render(record.prompt + response) for response in record.responses]
+    for prompt in (render(record.prompt, add_generation_prompt=True), render(record.prompt)):
+        if all(text.startswith(prompt) for text in whole):
+            return prompt, [text[len(prompt) :] for text in whole]
+    raise BadRow("the chat template does not begin an answer as it begins one to be generated")
+
+
+def _with_eos(ids: list[int], tokenizer, templated: bool) -> list[int]:
+    """Exactly one end: a template's own, else EOS. What a template writes after its end (a line
+    break) goes.
+    """
+    ends = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
+    if not ends:
+        return [*ids, tokenizer.eos_token_id]
+    rest = tokenizer.decode([token for token in ids[ends[0] :] if token not in tokenizer.stop_ids])
+    if rest.strip() and not templated:
+        raise BadRow("an end-of-sequence token stands in the middle of a response")
+    last = (
+        ends[0] if not rest.strip() else ends[-1]
+    )  # several assistant turns: all but the last end are inside
+    return ids[: last + 1]
+
+
+def _report(dataset, split, found, kind, pairs, rows, counts, bad, tokenizer) -> None:
+    if not MAIN_PROCESS:
+        return
+    became = (
+        ""
+        if found == kind
+        else f" -> {len(rows):,} {kind}s" + (f" ({pairs})" if found == "ranked" else "")
+    )
+    lost = [
+        f"{n:,} {what}"
+        for what, n in counts.items()
+        if n and what not in ("read", "prompts cut", "responses cut")
+    ]
+    if bad:
+        lost.append(f"{len(bad):,} bad ({bad[0]}{', ...' if len(bad) > 1 else ''})")
+    say(
+        split,
+        f"{dataset}: {counts['read']:,} {found} rows{became}; left out: {', '.join(lost) or 'none'}",
+    )
+    responses = [r for row in rows for r in row.responses]
+    ended = sum(int(r[-1]) in tokenizer.stop_ids for r in responses) / len(responses)
+    quantiles = lambda lengths: "/".join(f"{q:.0f}" for q in np.quantile(lengths, (0.5, 0.95, 1)))  # noqa: E731
+    say(
+        "",
+        f"tokens (median/95 %/max): prompt {quantiles([len(row.prompt) for row in rows])}, response "
+        f"{quantiles([len(r) for r in responses])}; {counts['prompts cut']:,} prompts and "
+        f"{counts['responses cut']:,} responses cut; {ended:.1%} of responses end with EOS",
+    )
+    if split == "train":
+        row = rows[0]
+        shown = " | ".join(f"«{tokenizer.decode(r)}»" for r in row.responses)
+        say("", f"first row: {_short(tokenizer.decode(row.prompt))} {_short(shown)}")
+
+
+def _short(text: str, most: int = 300) -> str:
+    text = text.replace("\n", "\\n")
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The policy
+
+
+def load_policy(model: str, dtype: str, run: Processes, name: str = "model") -> nn.Module:
+    """A decoder-only model with fp32 weights (float64 for tests), on this process's device, dropout
+    off.
+    """
+    say(name, f"{model}, {resolve_model(model)}" if resolve_model(model) != model else model)
+    if model == "tiny-untrained":
+        import family
+
+        torch.manual_seed(torch.initial_seed())  # whatever was drawn before
+        policy = family.untrained_model()
+    else:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = _from_hub(lambda: AutoConfig.from_pretrained(resolve_model(model)), model)
+        if config.is_encoder_decoder or getattr(config, "quantization_config", None):
+            raise UserError(
+                f"--model {model}: only decoder-only models with plain weights can be trained here"
+            )
+        if any(
+            (getattr(config, key, None) or 1) > 1 for key in ("num_experts", "num_local_experts")
+        ):
+            raise UserError(
+                f"--model {model}: mixtures of experts are not supported, only dense models"
+            )
+        # Transformers would leave out Gemma 2's softcap on attention scores under sdpa; eager has
+        # it.
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+        policy = _from_hub(
+            lambda: AutoModelForCausalLM.from_pretrained(
+                resolve_model(model),
+                dtype=torch.float32,
+                use_safetensors=True,
+                attn_implementation=attention,
+            ),
+            model,
+        )
+    policy.eval()  # for good: with dropout on, the policy before its first step would not be the reference
+    policy.to(run.device, torch.float64 if dtype == "float64" else torch.float32)
+    policy.compute_dtype = getattr(torch, dtype)
+    for tensor in _state_tensors(policy).values() if run.world > 1 else ():
+        dist.broadcast(tensor, 0)
+    _check_head(policy, model)
+    size = sum(p.numel() for p in policy.parameters())
+    attention = policy.config._attn_implementation
+    say(
+        "",
+        f"{size / 1e6:,.1f} M parameters, weights {next(policy.parameters()).dtype}, computes in {dtype}, {attention} attention",
+    )
+    return policy
+
+
+def _state_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """Weights and saved buffers, tied ones once, in a fixed order."""
+    known, tensors = set(), {}
+    for name, tensor in policy.state_dict().items():
+        if tensor.data_ptr() not in known:
+            known.add(tensor.data_ptr())
+            tensors[name] = tensor
+    return tensors
+
+
+@dataclass
+class Head:
+    """Everything between the last hidden state and the logits."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None
+    softcap: float | None  # Gemma 2: logits = softcap * tanh(logits / softcap)
+    scale: float  # Cohere, Granite
+
+
+def head_of(policy: nn.Module) -> Head:
+    linear, config = policy.get_output_embeddings(), policy.config
+    scale = getattr(config, "logit_scale", None) or 1.0 / (
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    return Head(
+        linear.weight, linear.bias, getattr(config, "final_logit_softcapping", None), float(scale)
+    )
+
+
+@torch.no_grad()
+def _check_head(policy: nn.Module, model: str) -> None:
+    """Our logits are the model's own; if not, its head does something that `head_of` does not know."""
+    ids = torch.arange(4, device=policy.device)[None] + 1  # (1, 4)
+    with autocast(policy):
+        own = F.log_softmax(policy(input_ids=ids, use_cache=False).logits[0, :3].double(), dim=-1)
+        hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :3]
+        ours = token_logps(hidden, head_of(policy), ids[0, 1:])
+    # Wide, since a GPU rounds the two products differently in bf16. A forgotten softcap or scale is
+    # far outside.
+    if not torch.allclose(
+        own.gather(1, ids[0, 1:, None])[:, 0], ours.double(), atol=0.1, rtol=0.02
+    ):
+        raise UserError(
+            f"--model {model}: the output layer of {type(policy).__name__} computes more than is known here"
+        )
+
+
+def warn_if_not_fine_tuned(policy: nn.Module, tokenizer) -> None:
+    """Preference learning starts from a model that already answers."""
+    known = getattr(policy.config, "plainpref", None) or {}
+    if not known.get("history") and not tokenizer.chat_template:
+        say(
+            "warning",
+            "this looks like a base model (no chat template, not trained by sft.py). It should",
+        )
+        say("", "first learn to answer: python sft.py --model ..., then --model runs/sft-...")
+
+
+def autocast(policy: nn.Module):
+    if policy.compute_dtype in (torch.float32, torch.float64):
+        return nullcontext()
+    return torch.autocast(policy.device.type, policy.compute_dtype)
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Batches: the same steps whatever the number of processes and the micro-batches
+
+
+@dataclass
+class Micro:
+    """What goes through the model at once: B prompts with K responses each, one sequence a
+    response.
+    """
+
+    input_ids: Tensor  # (B*K, L) prompt and response, padded on the right
+    attention_mask: Tensor  # (B*K, L)
+    picked: Tensor  # (N,) index into (B*K*L) of the position before each response token
+    targets: Tensor  # (N,) the response tokens
+    slots: Tensor  # (N,) where each of them belongs in (B*K*T)
+    shape: tuple[int, int, int]  # B, K, T: T is the longest response
+    lengths: (
+        Tensor  # (B, K) response tokens, EOS included; 0 where a row has fewer than K responses
+    )
+    ref_logps: Tensor | None  # (B, K)
+    tokens: int  # all tokens, padding not counted
+
+
+@dataclass
+class Batch:
+    """One optimizer step: this process's micro-batches, and counts over all processes to normalise
+    by.
+    """
+
+    micros: Iterable[Micro]
+    prompts: int
+    response_tokens: int
+    step: int = 0
+
+    def __iter__(self) -> Iterator[Micro]:
+        return iter(self.micros)
+
+
+def collate(data: Rows, indexes: list[int], device: torch.device) -> Micro:
+    rows = [data.rows[i] for i in indexes]
+    many = max(len(row.responses) for row in rows)  # K
+    longest = max(len(r) for row in rows for r in row.responses)  # T
+    width = max(row.length() for row in rows)  # L
+    ids = np.zeros(
+        (len(rows) * many, width), np.int64
+    )  # padding is never looked at, so any id will do
+    mask = np.zeros_like(ids)
+    picked, targets, slots = [], [], []
+    lengths = np.zeros((len(rows), many), np.int64)
+    for b, row in enumerate(rows):
+        for k, response in enumerate(row.responses):
+            line, start, end = b * many + k, len(row.prompt), len(row.prompt) + len(response)
+            ids[line, :start], ids[line, start:end], mask[line, :end] = row.prompt, response, 1
+            picked.append(line * width + np.arange(start - 1, end - 1))
+            slots.append(line * longest + np.arange(len(response)))
+            targets.append(response)
+            lengths[b, k] = len(response)
+        mask[b * many + len(row.responses) : (b + 1) * many, 0] = (
+            1  # an absent response attends to something
+        )
+    to = lambda array: torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device)  # noqa: E731
+    return Micro(
+        to(ids),
+        to(mask),
+        *(to(np.concatenate(parts)) for parts in (picked, targets, slots)),
+        (len(rows), many, longest),
+        to(lengths),
+        None if data.ref_logps is None else data.ref_logps[indexes].to(device),
+        int(mask.sum()),
+    )
+
+
+def micro_batches(lengths: list[int], indexes: list[int], size: int) -> list[list[int]]:
+    """Cut into micro-batches, rows of like length together, so that little is padding. Ties keep
+    their order.
+    """
+    ordered = sorted(indexes, key=lambda i: -lengths[i])
+    return [ordered[at : at + size] for at in range(0, len(ordered), size)]
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. Log-probs of responses
+
+
+def response_logps(policy: nn.Module, micro: Micro) -> tuple[Tensor, Tensor]:
+    """(B, K) log pi(y_k | x), summed over response tokens, and (B, K) how many tokens that were."""
+    return response_token_logps(policy, micro).sum(-1), micro.lengths
+
+
+def response_token_logps(policy: nn.Module, micro: Micro) -> Tensor:
+    """(B, K, T) log pi of every response token, 0 past the end of a response."""
+    with autocast(policy):
+        hidden = policy.base_model(  # (B*K, L, H); the logits of prompt and padding are never made
+            input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False
+        ).last_hidden_state
+        logps = token_logps(
+            hidden.flatten(0, 1)[micro.picked], head_of(policy), micro.targets
+        )  # (N,)
+    batch, many, longest = micro.shape
+    return (
+        logps.new_zeros(batch * many * longest)
+        .index_copy(0, micro.slots, logps)
+        .view(batch, many, longest)
+    )
+
+
+def token_logps(hidden: Tensor, head: Head, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """(N,) log-probs in fp32 or better, from hidden states (N, H) that stand before the targets
+    (N,).
+    """
+    logits = F.linear(hidden, head.weight, head.bias)  # (N, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * head.scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return -F.cross_entropy(logits / temperature, targets, reduction="none")
+
+
+# --------------------------------------------------------------------------------------------------
+# 6. Reference log-probs: the policy before its first step, asked once
+
+
+@torch.no_grad()
+def add_reference_logps(
+    run: Run,
+    train: Rows,
+    held_out: Rows,
+    policy: nn.Module,
+    ref_model: str | None,
+    soup_weight: float,
+    cache_dir: str,
+) -> None:
+    """Fill `ref_logps` of the rows that the run will use.
+
+    In the micro-batches of the first epoch and through the code of training, because batch mates
+    move a log-prob by rounding: so the loss of the first step is what the equation says to the last
+    digit. Kept under `cache_dir` by everything that can move a digit. Without `ref_model` no second
+    model is ever in memory.
+    """
+    reference = policy if ref_model is None else load_reference(ref_model, soup_weight, policy, run)
+    parts = {
+        "train": (train, run.used_rows(train)),
+        "held_out": (held_out, run.held_out_rows(held_out)),
+    }
+    key = hashlib.sha256()
+    for name, tensor in _state_tensors(reference).items():
+        key.update(
+            name.encode()
+            + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    facts = [
+        str(reference.compute_dtype),
+        reference.config._attn_implementation,
+        run.device.type,
+        run.world,
+    ]
+    facts += [torch.__version__, torch.get_num_threads(), file_hash(Path(__file__).resolve())]
+    facts += [[rows.digest(), micros] for rows, micros in parts.values()]
+    key.update(json.dumps(facts).encode())
+    file = Path(cache_dir or Path("runs") / ".cache") / f"ref-{key.hexdigest()[:24]}.safetensors"
+
+    if from_main(lambda: {"there": file.is_file()})["there"]:
+        with safe_open(file, "pt") as tensors:
+            for name, (rows, _) in parts.items():
+                rows.ref_logps = tensors.get_tensor(name)
+        say("reference", f"log-probs from {file}")
+        return
+    for name, (rows, micros) in parts.items():
+        many = max((len(row.responses) for row in rows.rows), default=1)
+        rows.ref_logps = torch.full((len(rows), many), torch.nan, dtype=torch.float64)
+        mine = torch.zeros(len(rows), many, dtype=torch.float64)
+        for indexes in run.share(micros, f"reference ({name})"):
+            logps, _ = response_logps(reference, collate(rows, indexes, run.device))
+            mine[indexes] = logps.double().cpu()
+        if run.world > 1:
+            dist.all_reduce(mine)
+        used = [i for micro in micros for i in micro]
+        rows.ref_logps[used] = mine[used]
+    if MAIN_PROCESS:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}")
+        save_file({name: rows.ref_logps for name, (rows, _) in parts.items()}, temporary)
+        os.replace(temporary, file)
+    say(
+        "reference",
+        f"log-probs of {'the policy before its first step' if ref_model is None else ref_model}",
+    )
+
+
+def load_reference(ref_model: str, soup_weight: float, policy: nn.Module, run: Run) -> nn.Module:
+    """A model, or a soup `a+b`: soup_weight * a + (1 - soup_weight) * b, weight by weight."""
+    dtype = str(policy.compute_dtype).removeprefix("torch.")
+    first, *second = ref_model.split("+")
+    reference = load_policy(first, dtype, run, "reference")
+    if second:
+        other = _state_tensors(load_policy(second[0], dtype, run, "reference"))
+        with torch.no_grad():
+            for name, tensor in _state_tensors(reference).items():
+                if other[name].shape != tensor.shape:
+                    raise UserError(
+                        f"--ref-model {ref_model}: {name} has another shape in the two models"
+                    )
+                tensor.lerp_(other[name], 1 - soup_weight)
+    if reference.config.vocab_size != policy.config.vocab_size:
+        raise UserError(f"--ref-model {ref_model} has another vocabulary than the policy")
+    return reference
+
+
+# --------------------------------------------------------------------------------------------------
+# 7. The optimizer
+
+
+def make_optimizer(
+    policy: nn.Module, name: str, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW (0.9, 0.999, 1e-8) or RMSprop (PyTorch's defaults). Weight decay on matrices only, as
+    is usual.
+    """
+    matrices = [p for p in policy.parameters() if p.requires_grad and p.dim() > 1]
+    vectors = [p for p in policy.parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return (
+        torch.optim.AdamW(groups, lr=lr) if name == "adamw" else torch.optim.RMSprop(groups, lr=lr)
+    )
+
+
+def schedule_factor(schedule: str, warmup_ratio: float, step: int, total: int) -> float:
+    """What the learning rate is multiplied with at `step` (from 0)."""
+    warmup = int(np.ceil(warmup_ratio * total))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 + 0.5 * float(np.cos(np.pi * progress)),
+    }[schedule]
+
+
+def sum_gradients(parameters: list[nn.Parameter], bucket_bytes: int = 2**26) -> None:
+    """Over all processes, in one fixed order, in buckets so that little extra memory is held."""
+    for p in parameters:
+        if p.grad is None:  # not touched on this process; perhaps on another
+            p.grad = torch.zeros_like(p)
+    if processes() == 1:
+        return
+    bucket: list[Tensor] = []
+    for i, p in enumerate(parameters):
+        bucket.append(p.grad)
+        last = i + 1 == len(parameters) or parameters[i + 1].dtype != p.dtype
+        if last or sum(g.numel() * g.element_size() for g in bucket) >= bucket_bytes:
+            flat = torch.cat([g.flatten() for g in bucket])
+            dist.all_reduce(flat)
+            for g, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                g.copy_(summed.view_as(g))
+            bucket = []
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. Small things that the run needs
+
+LOGS = ("metrics.jsonl", "samples.jsonl")  # grow during a run; cut back to the checkpoint on resume
+
+
+def optimizer_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state, a tensor per (state, parameter name)."""
+    names = {p: name for name, p in policy.named_parameters()}
+    return {
+        f"{key}|{names[p]}": value
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def set_optimizer_tensors(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
+) -> None:
+    parameters = dict(policy.named_parameters())
+    for full_name, value in saved.items():
+        key, name = full_name.split("|", 1)
+        # `step` is a counter that lives on the CPU; the rest is shaped like its parameter and lives
+        # beside it.
+        device = "cpu" if key == "step" else parameters[name].device
+        optimizer.state[parameters[name]][key] = value.to(device)
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        for name, facts in manifest.items():
+            if (checkpoint / name).stat().st_size != facts["bytes"]:
+                return f"{name} has another size than when it was written"
+            if file_hash(checkpoint / name) != facts["sha256"]:
+                return f"{name} has other contents than when it was written"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return first_line(error)
+    return None if "state.json" in manifest else "manifest.json is not complete"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def beside(module: str) -> Any:
+    """A module that stands beside this file, or None where only this file was copied."""
+    from importlib import import_module
+
+    return import_module(module) if (HERE / f"{module}.py").is_file() else None
+
+
+def progress_bar(over: Any, label: str, **more: Any):
+    from tqdm import tqdm
+
+    # A log file wants neither five lines a second nor the short loops.
+    screen = sys.stderr.isatty()
+    hidden = not MAIN_PROCESS or not (screen or more)
+    interval = 0.2 if screen else 20.0
+    return tqdm(
+        over, label, disable=hidden, mininterval=interval, leave=False, dynamic_ncols=True, **more
+    )
+
+
+def hash_of(*numbers: int) -> int:
+    """One seed from several numbers, so that seeds of different (seed, step, process) have nothing
+    in common.
+    """
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:6], "little")
+
+
+def peak_memory() -> float:
+    """GiB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**30 if sys.platform == "darwin" else 2**20
+    )
+
+
+def mend_for_transformers_4(folder: Path, dtype: torch.dtype) -> None:
+    """Version 5 writes names that version 4 does not know, or reads as something else without a
+    word.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            config["rope_scaling"] = rope
+        if config["model_type"] == "gpt_neox":
+            config["rotary_emb_base"] = rope["rope_theta"]
+            config["rotary_pct"] = rope.get("partial_rotary_factor", 1.0)
+    config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # tokenizer.json says all there is to say
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")

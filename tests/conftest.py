@@ -1,0 +1,164 @@
+"""What the tests stand on: tiny random checkpoints with tokenizers of their own, and small files of rows."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("llama", "gemma2", "gpt2", "qwen2", "mistral", "gpt_neox")
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(kind: str):
+    """A byte-level BPE. `bos`: it begins sequences with one; `chat`: a template, no BOS; `pad-eos`: one special token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {
+        "bos": ["<s>", "</s>", "<pad>"],
+        "chat": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+        "pad-eos": ["<|endoftext|>"],
+    }[kind]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the other cat ran"] * 4, trainer)
+    if kind == "bos":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+        names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    elif kind == "chat":
+        names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHAT}
+    else:
+        names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names
+    )
+
+
+TOKENIZER_OF = {
+    "llama": "bos",
+    "gemma2": "bos",
+    "gpt2": "pad-eos",
+    "qwen2": "chat",
+    "mistral": "bos",
+    "gpt_neox": "pad-eos",
+}
+
+
+def make_config(architecture: str, tokenizer):
+    import transformers as hf
+
+    shared = {
+        "vocab_size": 320,  # more than the tokenizer has, as in many published models
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.1,
+    }
+    grouped = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    if architecture == "gpt2":
+        return hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **shared)
+    if architecture == "gpt_neox":
+        alone = {k: v for k, v in grouped.items() if k != "num_key_value_heads"}
+        return hf.GPTNeoXConfig(rotary_pct=0.25, **alone, **shared)
+    if architecture == "gemma2":
+        return hf.Gemma2Config(
+            head_dim=8, sliding_window=8, final_logit_softcapping=5.0, attn_logit_softcapping=5.0,
+            query_pre_attn_scalar=8, **grouped, **shared,
+        )  # fmt: skip
+    config = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config, "mistral": hf.MistralConfig}
+    window = {"sliding_window": 8} if architecture == "mistral" else {}
+    return config[architecture](rope_theta=50_000.0, **grouped, **shared, **window)
+
+
+def make_checkpoint(architecture: str, folder: Path, tokenizer_kind: str | None = None) -> Path:
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = make_tokenizer(tokenizer_kind or TOKENIZER_OF[architecture])
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(make_config(architecture, tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """checkpoints(architecture) -> a folder, made once."""
+    made: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp("models") / architecture
+            made[architecture] = make_checkpoint(architecture, folder)
+        return made[architecture]
+
+    return get
+
+
+WORDS = "the cat sat on a mat and then another big red dog ran far off into some warm wood".split()
+
+
+def text(rng: random.Random, least: int, most: int) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
+
+
+def pair_rows(n: int, seed: int = 0) -> list[dict]:
+    """Pairs with a rule to learn: the chosen answer begins with "yes"."""
+    rng = random.Random(seed)
+    return [
+        {
+            "prompt": text(rng, 3, 9) + "?",
+            "chosen": " yes " + text(rng, 1, 6),
+            "rejected": " no " + text(rng, 1, 6),
+        }
+        for _ in range(n)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def start_script(script: str, *flags: str, processes: int = 1, cwd: Path = ROOT, **more) -> subprocess.Popen:
+    """A script as a user starts it, with one process or several."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.Popen(
+        [*launch, str(cwd / script), *map(str, flags)],
+        cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more,
+    )  # fmt: skip
+
+
+def run_script(script: str, *flags: str, processes: int = 1, cwd: Path = ROOT):
+    """(exit status, stdout, stderr) of a whole run."""
+    process = start_script(script, *flags, processes=processes, cwd=cwd)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
