@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.utils import logging as hf_logging
 
 HERE = Path(__file__).resolve().parent
 MAIN_PROCESS = os.environ.get("RANK", "0") == "0"  # the one that prints and writes
@@ -92,50 +94,35 @@ def fill_in(args: Any, settings: dict[str, dict]) -> dict[str, str]:
     each came from.
     """
     name = "tiny" if args.model == "tiny-untrained" else short_name(args.model)
-    row = settings.get(name) or next(row for key, row in settings.items() if key != "tiny")
-    published = next(key for key in settings if settings[key] is row)
-    origin = {}
+    other = next(key for key in settings if key != "tiny")  # for models that have no row
+    published = name if name in settings else other
+    row, origin, taken = settings[published], {}, []
     for f in dataclasses.fields(args):
-        if getattr(args, f.name) is None and f.name in row:
+        value = getattr(args, f.name)
+        if value is None and f.name in row:
             setattr(args, f.name, row[f.name])
+            taken.append(f"{f.name} {row[f.name]}")
             origin[f.name] = f"{published}: {row['source']}"
         else:
-            origin[f.name] = "default" if getattr(args, f.name) == f.default else "command line"
-    taken = [
-        f"{key} {getattr(args, key)}"
-        for key, value in origin.items()
-        if value.startswith(f"{published}: ")
-    ]
-    if taken:
-        untested = "" if published == name else f", untested on {name}"
-        say("settings", f"{', '.join(taken)}\n{'':<11}published for {published}{untested} ({row['source']})"
-            if published != "tiny" else f"{', '.join(taken)} ({row['source']})")  # fmt: skip
+            own = value in (f.default, row.get(f.name, f.default))
+            origin[f.name] = "default" if own else "command line"
+    say("settings", ", ".join(taken) or "all from the command line")
+    untested = "" if published == name else f", untested on {name}"
+    published = row["source"] if published == "tiny" else f"published for {published}{untested}"
+    say("", published if published == row["source"] else f"{published} ({row['source']})")
     return origin
 
 
 def check_shared(args: Any) -> None:
     """Values that no script can work with, named before anything is loaded."""
-    for name in (
-        "batch_size",
-        "micro_batch_size",
-        "max_length",
-        "max_prompt_length",
-        "epochs",
-        "max_steps",
-    ):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"{flag(name)} must be 1 or more, got {value}")
-    for name in (
-        "eval_every",
-        "sample_every",
-        "save_every",
-        "keep_last",
-        "weight_decay",
-        "max_grad_norm",
-    ):
-        if getattr(args, name) < 0:
-            raise UserError(f"{flag(name)} must be 0 or more, got {getattr(args, name)}")
+    positive = "batch_size micro_batch_size max_length max_prompt_length max_steps".split()
+    not_negative = "eval_every sample_every save_every keep_last weight_decay max_grad_norm".split()
+    for name in positive + not_negative:
+        value, least = getattr(args, name), int(name in positive)
+        if value is not None and value < least:
+            raise UserError(f"{flag(name)} must be {least} or more, got {value}")
+    if not args.max_steps and args.epochs <= 0:
+        raise UserError(f"--epochs must be positive, got {args.epochs}")
     if args.lr is None or args.lr <= 0:
         raise UserError(f"--lr must be positive, got {args.lr}")
     if not 0 <= args.warmup_ratio < 1:
@@ -151,12 +138,10 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# Arguments that leave the trained weights as they are (but for rounding): a resumed run may change
+# Arguments that leave the trained weights as they are but for rounding: a resumed run may change
 # them.
-BOOKKEEPING = frozenset(
-    "output_dir resume eval_dataset eval_every sample_every save_every keep_last cache_dir export_dtype "
-    "micro_batch_size deterministic".split()
-)
+BOOKKEEPING = """output_dir resume eval_dataset eval_every sample_every save_every keep_last
+cache_dir export_dtype micro_batch_size deterministic""".split()
 
 
 def start(args: Any, settings: dict[str, dict], script: str) -> Run:
@@ -168,6 +153,7 @@ def start(args: Any, settings: dict[str, dict], script: str) -> Run:
     if args.dtype is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         args.dtype = "bfloat16" if bf16 else "float32"
+    hf_logging.disable_progress_bar()  # a bar a file says nothing here
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -176,18 +162,11 @@ def start(args: Any, settings: dict[str, dict], script: str) -> Run:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Long, because one process may tokenise or write a checkpoint while the others wait.
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_two_hours()
-        )
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
     run = Run(args, origin, Path(script).resolve())
     run.open_folder()
     return run
-
-
-def _two_hours():
-    from datetime import timedelta
-
-    return timedelta(hours=2)
 
 
 def processes() -> int:
@@ -208,9 +187,9 @@ def from_main(make: Callable[[], dict]) -> dict:
         text = json.dumps(result).encode()
         size = torch.tensor([len(text)])
         dist.broadcast(size, 0)
-        data = torch.frombuffer(bytearray(text.ljust(int(size))), dtype=torch.uint8)[
-            : int(size)
-        ].clone()
+        data = torch.zeros(int(size), dtype=torch.uint8)
+        if MAIN_PROCESS:
+            data = torch.tensor(list(text), dtype=torch.uint8)
         dist.broadcast(data, 0)
         result = json.loads(bytes(data.tolist()))
     if "error" in result:
@@ -226,12 +205,15 @@ class Processes:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        self.signal = 0  # the number of a SIGTERM or SIGINT received
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        self.signal = (
+            0  # the number of a SIGTERM or SIGINT that came while there is something to save
+        )
+        self.to_save = False
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self.handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.signal:  # asked twice: now
+        if self.signal or not self.to_save:  # asked twice, or nothing to lose: now
             raise SystemExit(128 + number)
         self.signal = number
 
@@ -265,9 +247,7 @@ class Run(Processes):
         self.folder = Path(args.output_dir or Path("runs") / self._default_name())
         self.step = 0  # optimizer steps done
         self.total_steps = 0  # known when the rows are
-        self.policy = self.optimizer = (
-            None  # bound by `restore`; until then there is nothing to save
-        )
+        self.policy = self.optimizer = None  # bound by `restore`
         self.sums: dict[str, list] = {}  # metric -> [sum, count], since the last step
         self.skipped_in_a_row = 0
         self.bar = None
@@ -279,21 +259,12 @@ class Run(Processes):
         for name, where in self.origin.items():
             if where == "command line" and name not in BOOKKEEPING:
                 value = getattr(self.args, name)
-                text = (
-                    re.sub(r"\.?0*e([-+])0*", r"e\1", f"{value:e}")
-                    if isinstance(value, float)
-                    else str(value)
-                )
-                if isinstance(value, float) and 0.001 <= abs(value) < 1e4:
-                    text = f"{value:g}"
-                text = re.sub(r"[^\w.+-]+", "_", text).strip("_")
+                text = re.sub(r"[^\w.+-]+", "_", _short_number(value)).strip("_")
                 parts.append(f"{name.replace('_', '')}{'' if text[:1].isdigit() else '-'}{text}")
         name = "-".join(parts)
-        return (
-            name
-            if len(name) <= 120
-            else f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-        )
+        if len(name) > 120:
+            name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        return name
 
     def open_folder(self) -> None:
         """Take the folder for this run: a new one, one to continue, or the closing block of a
@@ -304,9 +275,7 @@ class Run(Processes):
         if answer["finished"]:
             if MAIN_PROCESS:
                 print((self.folder / "summary.txt").read_text(), end="")
-                print(
-                    f"\nThis run is finished. To run it again beside the old one: {flag('resume')} never"
-                )
+                print("\nThis run is finished. To run it again beside the old one: --resume never")
             raise SystemExit(0)
 
     def _open_folder(self) -> dict:
@@ -320,7 +289,7 @@ class Run(Processes):
             self._refuse_other_run(json.loads(old.read_text()))
         elif self.folder.exists() and any(p.name != ".lock" for p in self.folder.iterdir()):
             raise UserError(
-                f"{self.folder} is not empty and no run of this project. Choose another --output-dir"
+                f"{self.folder} is not empty and holds no run of ours. Choose another --output-dir"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
@@ -350,36 +319,25 @@ class Run(Processes):
     def _refuse_other_run(self, old: dict) -> None:
         new = self._describe()
         differ = []
-        for name in sorted(set(old["arguments"]) | set(new["arguments"])):
+        for name in sorted({*old["arguments"], *new["arguments"]}.difference(BOOKKEEPING)):
             was, now = (record["arguments"].get(name, "(no such flag)") for record in (old, new))
-            if (
-                was != now
-                and name not in BOOKKEEPING
-                and not (name == "max_steps" and self._may_grow(was, now))
-            ):
+            if was != now and not (name == "max_steps" and self._may_grow(was, now)):
                 differ.append(f"{flag(name)} was {was}, now {now}")
-        differ += [
-            f"{name} has changed since"
-            for name, hash in new["source"].items()
-            if old["source"].get(name) != hash
-        ]
+        for name, hash in new["source"].items():
+            if old["source"].get(name) != hash:
+                differ.append(f"{name} has changed since")
         if differ:
             raise UserError(
                 f"{self.folder} holds another run: {'; '.join(differ)}. "
                 "--resume never starts a new folder beside it, --output-dir names another one"
             )
         if old["processes"] != self.world:
-            say(
-                "resume",
-                f"{self.world} processes now, {old['processes']} before: the same steps but for rounding",
-            )
+            before = f"{self.world} processes now, {old['processes']} before"
+            say("resume", f"{before}: the same steps but for rounding")
 
-    def _may_grow(self, was: Any, now: Any) -> bool:
-        return (
-            self.args.schedule == "constant"
-            and not self.args.warmup_ratio
-            and (was or 0) <= (now or 0)
-        )
+    def _may_grow(self, was: int | None, now: int | None) -> bool:
+        steady = self.args.schedule == "constant" and not self.args.warmup_ratio
+        return steady and was is not None and now is not None and was <= now
 
     def _describe(self) -> dict:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -405,7 +363,7 @@ class Run(Processes):
         args = self.args
         if len(train) < args.batch_size:
             raise UserError(
-                f"{len(train):,} training rows are less than one batch: --batch-size {args.batch_size}"
+                f"{len(train):,} training rows are less than one --batch-size {args.batch_size}"
             )
         each, rest = divmod(args.batch_size, self.world)
         if rest:
@@ -415,14 +373,13 @@ class Run(Processes):
                 f"{' or '.join(map(str, near))} can"
             )
         if self.origin["micro_batch_size"] != "command line":
-            args.micro_batch_size = max(
-                n for n in range(1, args.micro_batch_size + 1) if each % n == 0
-            )
+            fits = [n for n in range(1, args.micro_batch_size + 1) if each % n == 0]
+            args.micro_batch_size = max(fits)
         elif each % args.micro_batch_size:
             fits = [str(n) for n in range(1, each + 1) if each % n == 0]
             raise UserError(
-                f"--micro-batch-size {args.micro_batch_size} does not divide the {each} prompts of a step that each "
-                f"process has; {', '.join(fits)} do"
+                f"--micro-batch-size {args.micro_batch_size} does not divide a process's {each} "
+                f"prompts of a step; {', '.join(fits)} do"
             )
         self.steps_per_epoch = len(train) // args.batch_size  # a last short batch is dropped
         self.total_steps = args.max_steps or int(args.epochs * self.steps_per_epoch)
@@ -431,29 +388,22 @@ class Run(Processes):
                 f"--epochs {args.epochs} of {self.steps_per_epoch} steps each is less than one step"
             )
         self.lengths = [row.length() for row in train.rows]
+        epochs = self.total_steps / self.steps_per_epoch
         say(
             "steps",
-            f"{self.total_steps:,} of {args.batch_size} prompts ({self.total_steps / self.steps_per_epoch:.2f} epochs), "
+            f"{self.total_steps:,} of {args.batch_size} prompts ({epochs:.2f} epochs), "
             f"in micro-batches of {args.micro_batch_size}",
         )
 
     def step_rows(self, step: int) -> list[list[int]]:
-        """The micro-batches of a step, over all processes: process r takes every world-th from r
-        on.
-        """
+        """The micro-batches of a step; process r takes every world-th of them, from the r-th on."""
         epoch, at = divmod(step, self.steps_per_epoch)
-        order = (
-            np.random.default_rng([self.args.seed, epoch]).permutation(len(self.lengths)).tolist()
-        )
-        size = self.args.batch_size
-        return micro_batches(
-            self.lengths, order[at * size : (at + 1) * size], self.args.micro_batch_size
-        )
+        rng, size = np.random.default_rng([self.args.seed, epoch]), self.args.batch_size
+        order = rng.permutation(len(self.lengths)).tolist()[at * size : (at + 1) * size]
+        return micro_batches(self.lengths, order, self.args.micro_batch_size)
 
     def used_rows(self, train: Rows) -> list[list[int]]:
-        """Micro-batches that hold every row the run will train on once: the first epoch's, then
-        what it left out.
-        """
+        """Every row of the run once: the first epoch's micro-batches, then what they left out."""
         first = min(self.total_steps, self.steps_per_epoch)
         micros = [micro for step in range(first) for micro in self.step_rows(step)]
         if self.total_steps > self.steps_per_epoch:
@@ -502,24 +452,20 @@ class Run(Processes):
         """The metrics over all processes, and the sums of `more` over them, in one exchange."""
         names = sorted(self.sums)
         flat = [x for name in names for x in self.sums[name]] + list(more)
-        sums = torch.stack(
-            [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in flat]
-        )
+        to = {"dtype": torch.float64, "device": self.device}
+        sums = torch.stack([torch.as_tensor(x, **to) for x in flat])
         if self.world > 1:
             dist.all_reduce(sums)
         values = sums.tolist()
         self.sums = {}
-        means = {
-            name: values[2 * i] / values[2 * i + 1]
-            for i, name in enumerate(names)
-            if values[2 * i + 1]
-        }
-        return means, values[2 * len(names) :]
+        pairs = zip(names, values[0::2], values[1::2], strict=False)
+        return {name: s / n for name, s, n in pairs if n}, values[2 * len(names) :]
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: dict[str, Any], **more: Any) -> None:
         if MAIN_PROCESS:
+            whole = {k: v if np.isfinite(v) else None for k, v in (record | more).items()}
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
+                f.write(json.dumps(whole) + "\n")  # NaN is not JSON, so null
 
     # -- one optimizer step
 
@@ -545,35 +491,26 @@ class Run(Processes):
         self.step += 1
         seconds = time.perf_counter() - self.clock
         self.log(
-            {"step": self.step, "epoch": self.step / self.steps_per_epoch}
-            | {name: value if np.isfinite(value) else None for name, value in metrics.items()}
-            | {
-                "grad_norm": float(norm) if norm.isfinite() else None,
-                "lr": args.lr * factor,
-                "skipped": int(not finite),
-            }
-            | {
-                "tokens_per_second": tokens / seconds,
-                "seconds_per_step": seconds,
-                "peak_memory_gib": peak_memory(),
-            }
+            {"step": self.step, "epoch": self.step / self.steps_per_epoch, **metrics},
+            grad_norm=float(norm),
+            lr=args.lr * factor,
+            skipped=int(not finite),
+            tokens_per_second=tokens / seconds,
+            seconds_per_step=seconds,
+            peak_memory_gib=peak_memory(),
         )
-        shown = {name: metrics[name] for name in ("loss", "rewards/accuracies") if name in metrics}
-        self.bar.set_postfix(
-            {k: f"{v:.3f}" for k, v in shown.items()} | {"tok/s": f"{tokens / seconds:,.0f}"}
-        )
+        shown = {n: f"{metrics[n]:.3f}" for n in ("loss", "rewards/accuracies") if n in metrics}
+        self.bar.set_postfix(shown | {"tok/s": f"{tokens / seconds:,.0f}"})
         self.bar.update()
         if self.skipped_in_a_row >= 3:
             raise UserError(
-                f"loss or gradient was not finite in steps {self.step - 2} to {self.step}; no such step touched the "
-                f"weights. The last good checkpoint is in {self.folder}; a lower --lr is the usual cure"
+                f"loss or gradient was not finite in steps {self.step - 2} to {self.step}; no such "
+                f"step touched the weights. A lower --lr is the usual cure; the last good "
+                f"checkpoint is in {self.folder}"
             )
-        if (
-            finite
-            and args.save_every
-            and self.step % args.save_every == 0
-            and self.step < self.total_steps
-        ):
+        self.log_sizes = {name: _size(self.folder / name) for name in LOGS}
+        every = args.save_every
+        if self.step == self.total_steps or (finite and every and self.step % every == 0):
             self.save()
         if signalled:  # the sum over processes; each knows its own number, or takes SIGTERM's
             self.stop(self.signal or signal.SIGTERM)
@@ -595,28 +532,23 @@ class Run(Processes):
         """The method's own loss and metrics on held-out rows, and greedy samples; at step 0 and at
         the end too.
         """
-        ends = self.step in (0, self.total_steps)
-        if len(held_out) and (
-            ends or (self.args.eval_every and self.step % self.args.eval_every == 0)
-        ):
+        ends, args = self.step in (0, self.total_steps), self.args
+        if len(held_out) and (ends or (args.eval_every and self.step % args.eval_every == 0)):
             training, self.sums = self.sums, {}
             with torch.no_grad():
                 for indexes in self.share(self.held_out_rows(held_out), "held-out rows"):
                     self.add(losses_of(collate(held_out, indexes, self.device))[1])
+            # A process may have had no rows; the main one always has some.
+            names = from_main(lambda: {"names": list(self.sums)})["names"]
+            self.sums = {name: self.sums.get(name, [0.0, 0.0]) for name in names}
             metrics, _ = self._reduce()
             self.sums = training
-            self.log(
-                {"step": self.step} | {f"eval/{name}": value for name, value in metrics.items()}
-            )
+            self.log({"step": self.step} | {f"eval/{name}": metrics[name] for name in names})
             shown = [n for n in ("loss", "rewards/accuracies", "rewards/margins") if n in metrics]
-            self.print(
-                f"step {self.step:<6}"
-                + "held-out "
-                + ", ".join(f"{n} {metrics[n]:.4f}" for n in shown)
-            )
-        if ends or (self.args.sample_every and self.step % self.args.sample_every == 0):
-            report = beside("report")
-            if report:
+            told = ", ".join(f"{name} {metrics[name]:.4f}" for name in shown)
+            self.print(f"step {self.step:<6}held-out {told}")
+        if ends or (args.sample_every and self.step % args.sample_every == 0):
+            if report := beside("report"):
                 report.sample(self, held_out, policy, tokenizer)
 
     def print(self, text: str) -> None:
@@ -626,11 +558,8 @@ class Run(Processes):
 
     def stop(self, number: int) -> None:
         """Save what there is and leave, as a signal asked."""
-        where = "nothing to save yet"
-        if self.optimizer is not None:
-            self.save()
-            where = f"saved step {self.step} in {self.folder}"
-        self.print(f"stopped: {where}. The same command continues.")
+        self.save()
+        self.print(f"stopped: step {self.step} is saved in {self.folder}; the same command goes on")
         raise SystemExit(128 + number)
 
     # -- checkpoints: everything an exact continuation needs, as safetensors and JSON
@@ -645,27 +574,18 @@ class Run(Processes):
         need = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
         free = shutil.disk_usage(self.folder).free
         if free < need * 1.05:
-            raise UserError(
-                f"a checkpoint takes {need / 2**30:.2f} GiB and {self.folder} has {free / 2**30:.2f} GiB free"
-            )
+            gib = f"{need / 2**30:.2f} GiB, and {free / 2**30:.2f} are free"
+            raise UserError(f"a checkpoint in {self.folder} takes {gib}")
         temporary = self.folder / f"tmp-checkpoint-{self.step}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        save_file(
-            {name: t.detach().cpu() for name, t in weights.items()},
-            temporary / "policy.safetensors",
-        )
-        save_file(
-            {name: t.detach().cpu() for name, t in state.items()},
-            temporary / "optimizer.safetensors",
-        )
-        logs = {name: _size(self.folder / name) for name in LOGS}
-        facts = {"step": self.step, "skipped_in_a_row": self.skipped_in_a_row, "logs": logs}
+        for name, tensors in (("policy", weights), ("optimizer", state)):
+            there = {key: t.detach().cpu() for key, t in tensors.items()}
+            save_file(there, temporary / f"{name}.safetensors")
+        facts = {"step": self.step, "skipped": self.skipped_in_a_row, "logs": self.log_sizes}
         (temporary / "state.json").write_text(json.dumps(facts))
-        manifest = {
-            p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)}
-            for p in sorted(temporary.iterdir())
-        }
+        files = sorted(temporary.iterdir())
+        manifest = {p.name: {"bytes": _size(p), "sha256": file_hash(p)} for p in files}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         sync_folder(temporary)
         temporary.rename(self.folder / f"checkpoint-{self.step}")
@@ -675,45 +595,39 @@ class Run(Processes):
 
     def _checkpoints(self) -> list[Path]:
         """Newest first."""
-        found = [
-            p
-            for p in self.folder.glob("checkpoint-*")
-            if p.name.removeprefix("checkpoint-").isdigit()
-        ]
-        return sorted(found, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+        numbers = [p.name.removeprefix("checkpoint-") for p in self.folder.glob("checkpoint-*")]
+        newest_first = sorted((int(n) for n in numbers if n.isdigit()), reverse=True)
+        return [self.folder / f"checkpoint-{n}" for n in newest_first]
+
+    def _newest_whole(self) -> dict:
+        for folder in self._checkpoints():
+            if not (damage := damage_of(folder)):
+                return {"folder": str(folder)}
+            say(
+                "resume",
+                f"{folder.name} is damaged ({damage}): put aside, going back to the one before",
+            )
+            folder.rename(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
+        return {"folder": None}
 
     def restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
-        self.policy, self.optimizer = policy, optimizer
-
-        def newest() -> dict:
-            for folder in self._checkpoints():
-                if damage := damage_of(folder):
-                    say(
-                        "resume",
-                        f"{folder.name} is damaged ({damage}), going back to the one before",
-                    )
-                else:
-                    return {"folder": str(folder)}
-            return {}
-
-        folder = Path(from_main(newest).get("folder", ""))
-        facts = {"step": 0, "skipped_in_a_row": 0, "logs": dict.fromkeys(LOGS, 0)}
-        if folder != Path():
+        self.policy, self.optimizer, self.to_save = policy, optimizer, True
+        facts = {"step": 0, "skipped": 0, "logs": dict.fromkeys(LOGS, 0)}
+        if newest := from_main(self._newest_whole)["folder"]:
+            folder = Path(newest)
             facts = json.loads((folder / "state.json").read_text())
             with safe_open(folder / "policy.safetensors", "pt") as saved, torch.no_grad():
                 for name, tensor in _state_tensors(policy).items():
                     tensor.copy_(saved.get_tensor(name))
             with safe_open(folder / "optimizer.safetensors", "pt") as saved:
-                set_optimizer_tensors(
-                    policy, optimizer, {name: saved.get_tensor(name) for name in saved.keys()}
-                )
+                state = {name: saved.get_tensor(name) for name in saved.keys()}
+            set_optimizer_tensors(policy, optimizer, state)
             say("resume", f"step {facts['step']} of {self.total_steps}, from {folder}")
-        self.step, self.skipped_in_a_row = facts["step"], facts["skipped_in_a_row"]
-        if MAIN_PROCESS:
-            for name, size in facts[
-                "logs"
-            ].items():  # what was logged after the checkpoint will be logged again
+        self.step, self.skipped_in_a_row = facts["step"], facts["skipped"]
+        self.log_sizes = facts["logs"]
+        if MAIN_PROCESS:  # what was logged after the checkpoint will be logged again
+            for name, size in self.log_sizes.items():
                 if _size(self.folder / name) > size:
                     os.truncate(self.folder / name, size)
             for left in self.folder.glob("tmp-*"):
@@ -722,31 +636,26 @@ class Run(Processes):
     # -- the end
 
     def finish(self, policy: nn.Module, tokenizer: Any) -> None:
-        """Save the last checkpoint and the trained model, then say what improved."""
-        self.save()
+        """Save the trained model, then say what improved."""
         if MAIN_PROCESS:
             self.export(policy, tokenizer)
         report = beside("report")
-        text = (
-            report.closing(self, policy, tokenizer)
-            if report
-            else f"The trained model is in {self.folder}\n"
-        )
+        text = report.closing(self, policy, tokenizer) if report else f"trained: {self.folder}\n"
         if MAIN_PROCESS:
             print("\n" + text, end="", flush=True)
             write_atomically(self.folder / "summary.txt", text)
         if self.world > 1:
             dist.barrier()
             dist.destroy_process_group()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def export(self, policy: nn.Module, tokenizer: Any) -> None:
         """A folder that plain Transformers loads, version 5 or 4."""
         temporary = self.folder / "tmp-export"
         shutil.rmtree(temporary, ignore_errors=True)
-        before = getattr(policy.config, "plainpref", None) or {
-            "base_model": short_name(self.args.model),
-            "history": [],
-        }
+        new = {"base_model": short_name(self.args.model), "history": []}
+        before = getattr(policy.config, "plainpref", None) or new
         policy.config.plainpref = {**before, "history": [*before["history"], self.script.stem]}
         dtype = getattr(torch, self.args.export_dtype)
         state = {name: tensor.to(dtype) for name, tensor in policy.state_dict().items()}
@@ -770,16 +679,20 @@ def _version(package: str) -> str:
 
 
 def _git_commit() -> str | None:
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
     try:
-        found = subprocess.run(
-            ["git", "-C", str(HERE), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None
+
+
+def _short_number(value: Any) -> str:
+    """0.0001 as 1e-4; other things as they are."""
+    if not isinstance(value, float):
+        return str(value)
+    short = re.sub(r"\.?0*e([-+])0*", r"e\1", f"{value:e}")
+    return f"{value:g}" if 0.001 <= abs(value) < 1e4 or value == 0 else short
 
 
 def file_hash(path: Path) -> str:
@@ -871,9 +784,10 @@ def _from_hub(load: Callable, model: str) -> Any:
         if isinstance(error, ValueError) and "Unrecognized" not in str(error):
             raise
         raise UserError(
-            f"--model {model}: looked for a folder {model_folder(model)} and for {resolve_model(model)} on the Hugging "
-            f"Face hub and in its cache, in vain ({first_line(error)}). Offline, give a folder with config.json, "
-            "*.safetensors and tokenizer files; for a gated model, accept its licence on its page and `hf auth login`"
+            f"--model {model}: looked for a folder {model_folder(model)} and for "
+            f"{resolve_model(model)} on the Hugging Face hub and in its cache, in vain "
+            f"({first_line(error)}). Offline, give a folder with config.json, *.safetensors and "
+            "tokenizer files; for a gated model, accept its licence on its page and `hf auth login`"
         ) from None
 
 
@@ -908,7 +822,7 @@ class Rows:
         return len(self.rows)
 
     def digest(self) -> str:
-        """Of all token ids: other rows, another tokenizer, template or length give another digest."""
+        """Of all token ids: other rows, tokenizer, template or lengths give another digest."""
         state = hashlib.sha256()
         for row in self.rows:
             for ids in (row.prompt, *row.responses):
@@ -929,9 +843,9 @@ def load_rows(
     max_prompt_length: int,  # tokens kept of a prompt whose row is too long
     pairs: str = "best-worst",  # how a ranked list becomes pairs
     skip_bad_rows: bool = False,
-    prompt_too: bool = False,  # demonstrations: the prompt counts as response (all but its first token)
+    prompt_too: bool = False,  # demonstrations: the prompt is response too, but for its first token
 ) -> tuple[Rows, Rows]:
-    """Training rows and held-out rows; prints the data report; stops at the first sign of bad rows."""
+    """Training rows and held-out rows; prints the data report; bad rows end the run here."""
     cut = (max_length, max_prompt_length)
     train = _read(dataset, "train", kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too)
     if eval_dataset:
@@ -1157,9 +1071,7 @@ def _pair(raw: dict) -> Record:
         raise BadRow("'chosen' and 'rejected' must both be texts or both be lists of messages")
     if isinstance(both[0], str):
         if raw.get("prompt") is None:
-            raise BadRow(
-                "'chosen' and 'rejected' are texts, so there must be a 'prompt' (dialogues are lists of messages)"
-            )
+            raise BadRow("'chosen' and 'rejected' are texts, so there must be a 'prompt'")
         return Record(_prompt(raw), both)
     shared = 0  # whole dialogues: the prompt is what the two have in common, message by message
     while shared < min(map(len, both)) - 1 and both[0][shared] == both[1][shared]:
@@ -1297,15 +1209,16 @@ def _report(dataset, split, found, kind, pairs, rows, counts, bad, tokenizer) ->
         lost.append(f"{len(bad):,} bad ({bad[0]}{', ...' if len(bad) > 1 else ''})")
     say(
         split,
-        f"{dataset}: {counts['read']:,} {found} rows{became}; left out: {', '.join(lost) or 'none'}",
+        f"{dataset}: {counts['read']:,} {found} rows{became}; "
+        f"left out: {', '.join(lost) or 'none'}",
     )
     responses = [r for row in rows for r in row.responses]
     ended = sum(int(r[-1]) in tokenizer.stop_ids for r in responses) / len(responses)
     quantiles = lambda lengths: "/".join(f"{q:.0f}" for q in np.quantile(lengths, (0.5, 0.95, 1)))  # noqa: E731
     say(
         "",
-        f"tokens (median/95 %/max): prompt {quantiles([len(row.prompt) for row in rows])}, response "
-        f"{quantiles([len(r) for r in responses])}; {counts['prompts cut']:,} prompts and "
+        f"tokens (median/95 %/max): prompt {quantiles([len(row.prompt) for row in rows])}, "
+        f"response {quantiles([len(r) for r in responses])}; {counts['prompts cut']:,} prompts and "
         f"{counts['responses cut']:,} responses cut; {ended:.1%} of responses end with EOS",
     )
     if split == "train":
@@ -1359,17 +1272,18 @@ def load_policy(model: str, dtype: str, run: Processes, name: str = "model") -> 
             ),
             model,
         )
-    policy.eval()  # for good: with dropout on, the policy before its first step would not be the reference
+    policy.eval()  # for good: with dropout, the untrained policy would not be its own reference
     policy.to(run.device, torch.float64 if dtype == "float64" else torch.float32)
     policy.compute_dtype = getattr(torch, dtype)
     for tensor in _state_tensors(policy).values() if run.world > 1 else ():
         dist.broadcast(tensor, 0)
     _check_head(policy, model)
     size = sum(p.numel() for p in policy.parameters())
-    attention = policy.config._attn_implementation
+    attention, weights = policy.config._attn_implementation, next(policy.parameters()).dtype
     say(
         "",
-        f"{size / 1e6:,.1f} M parameters, weights {next(policy.parameters()).dtype}, computes in {dtype}, {attention} attention",
+        f"{size / 1e6:,.1f} M parameters, weights {weights}, computes in {dtype}, "
+        f"{attention} attention",
     )
     return policy
 
@@ -1406,7 +1320,7 @@ def head_of(policy: nn.Module) -> Head:
 
 @torch.no_grad()
 def _check_head(policy: nn.Module, model: str) -> None:
-    """Our logits are the model's own; if not, its head does something that `head_of` does not know."""
+    """Our logits are the model's own; if not, its head does more than `head_of` knows."""
     ids = torch.arange(4, device=policy.device)[None] + 1  # (1, 4)
     with autocast(policy):
         own = F.log_softmax(policy(input_ids=ids, use_cache=False).logits[0, :3].double(), dim=-1)
@@ -1418,7 +1332,7 @@ def _check_head(policy: nn.Module, model: str) -> None:
         own.gather(1, ids[0, 1:, None])[:, 0], ours.double(), atol=0.1, rtol=0.02
     ):
         raise UserError(
-            f"--model {model}: the output layer of {type(policy).__name__} computes more than is known here"
+            f"--model {model}: the output layer of {type(policy).__name__} does more than we know"
         )
 
 

@@ -3,25 +3,27 @@
 A small family is described in sentences; a question asks for a relation; the answer is a list of
 names:
 
-    Family: Ada: partner of Ben, parent of Cid and Dora. Ben: partner of Ada, parent of Cid and Dora. Cid: child of
-    Ada and Ben, partner of Eva, parent of Finn. ... Who are the aunts and uncles of Finn?
+    Family: Ada: partner of Ben, parent of Cid and Dora. Ben: partner of Ada. Cid: child of Ada and
+    Ben, partner of Eva, parent of Finn. ... Who are the aunts and uncles of Finn?
      Dora
 
 Why a task of our own: the true reward of any answer can be computed (`reward`), so it can be
 *shown* that preference learning helps, on a laptop, without a judge, a download or a licence.
 Everything else is made as people make it:
 
-- Demonstrations come from annotators whose mistakes are systematic (`demonstrate`): most of them answer a neighbouring
-  relation, or count the asker among the siblings. A model fine-tuned on them (sft.py) is most confidently wrong exactly
-  there, so preference learning has something to teach beyond sharpening what is already the favourite answer.
-- Comparisons are four samples of that fine-tuned model itself, scored by a noisy annotator (`judge`). Its noise is
-  Gumbel noise on the true reward, which makes the ranking a Plackett-Luce draw and every pair in it a Bradley-Terry draw.
+- Demonstrations come from annotators whose mistakes are systematic (`demonstrate`): most of them
+  answer a neighbouring relation, or count the asker among the siblings. A model fine-tuned on them
+  (sft.py) is most confidently wrong exactly there, so preference learning has something to teach
+  beyond sharpening what is already the favourite answer.
+- Comparisons are four samples of that fine-tuned model itself, scored by a noisy annotator
+  (`judge`): Gumbel noise on the true reward, which makes the ranking a Plackett-Luce draw and every
+  pair in it a Bradley-Terry draw.
 
 Everything is a function of (seed, split, index). A family belongs to the train or the test split by
 a hash of its description, so the two are disjoint whatever is generated.
 
-    python family.py show                          # a few rows of every kind
-    python family.py judge --model runs/sft        # samples of that model, judged: what lies in tiny/judged.parquet
+    python family.py show                       # a few rows of every kind
+    python family.py judge --model runs/sft     # samples of that model, judged: tiny/judged-*
 """
 
 import hashlib
@@ -39,13 +41,16 @@ import numpy as np
 
 # One token each, with the space before it: every name in the text is " Name".
 NAMES = (
-    "Ada Adam Alma Amir Anna Arno Asa Ben Bela Bea Boris Carl Cara Cid Clara Cleo Dan Dara David Dina Dora Edgar Edith "
-    "Elena Elias Emil Emma Erik Eva Ezra Fay Felix Finn Flora Fred Gaia Georg Gina Greta Gus Hana Hans Hedy Hugo Ida "
-    "Igor Ines Iris Ivan Jack Jana Jean Joel Jonas Judith Julia Kai Karl Kate Kira Lara Lea Leo Lena Lina Lou Luca "
-    "Luis Maja Marc Maria Max Mia Mila Nadia Nils Nina Noah Nora Olga Oleg Omar Oscar Otto Paul Petra Pia Rafa Rita "
-    "Rosa Ruth Sam Sara Selma Sofia Sven Tara Theo Tilda Timo Tom Uma Una Vera Viktor Wanda Will Yara Yuri Zara Zoe"
+    "Ada Adam Alma Amir Anna Arno Asa Ben Bela Bea Boris Carl Cara Cid Clara Cleo Dan Dara David "
+    "Dina Dora Edgar Edith Elena Elias Emil Emma Erik Eva Ezra Fay Felix Finn Flora Fred Gaia "
+    "Georg Gina Greta Gus Hana Hans Hedy Hugo Ida Igor Ines Iris Ivan Jack Jana Jean Joel Jonas "
+    "Judith Julia Kai Karl Kate Kira Lara Lea Leo Lena Lina Lou Luca Luis Maja Marc Maria Max Mia "
+    "Mila Nadia Nils Nina Noah Nora Olga Oleg Omar Oscar Otto Paul Petra Pia Rafa Rita Rosa Ruth "
+    "Sam Sara Selma Sofia Sven Tara Theo Tilda Timo Tom Uma Una Vera Viktor Wanda Will Yara Yuri "
+    "Zara Zoe"
 ).split()
 
+FACTS = (("child", "parents"), ("partner", "partner"))  # word in a description, relation
 RELATIONS = (
     "parents",
     "children",
@@ -70,7 +75,7 @@ class Family:
         descriptions already teaches to look names up."""
         sentences = []
         for person in self.people():
-            facts = {"child": self.answer("parents", person), "partner": self.answer("partner", person)}
+            facts = {word: self.answer(relation, person) for word, relation in FACTS}
             if any(person == a for a, _, _ in self.couples):  # said once a couple
                 facts["parent"] = self.answer("children", person)
             told = ", ".join(f"{word} of {' and '.join(x)}" for word, x in facts.items() if x)
@@ -242,7 +247,7 @@ def reward(prompts: list[str], responses: list[str]) -> list[float]:
     return scores
 
 
-NOISE = 0.15  # the annotator's temperature: P(a preferred to b) = sigmoid((reward_a - reward_b) / NOISE)
+NOISE = 0.15  # P(a preferred to b) = sigmoid((reward_a - reward_b) / NOISE)
 
 
 def judge(prompt: str, responses: list[str], rng: random.Random) -> list[float]:
@@ -435,7 +440,7 @@ def untrained_model():
             num_key_value_heads=4,
             max_position_embeddings=512,
             tie_word_embeddings=True,
-            initializer_range=0.06,  # 0.02, the usual, takes thousands of steps longer to copy names
+            initializer_range=0.06,  # the usual 0.02 takes much longer to learn to copy names
             bos_token_id=bos,
             eos_token_id=eos,
             pad_token_id=pad,

@@ -115,10 +115,11 @@ def closing(run: "common.Run", policy: Any, tokenizer: Any) -> str:
     curves(run)
     steps, evaluations = read_metrics(run)
     seconds = sum(s["seconds_per_step"] for s in steps)
+    speed = np.median([s["tokens_per_second"] for s in steps])
     peak = max(s["peak_memory_gib"] for s in steps)
     text = [
         f"{run.script.stem}: {run.step:,} steps in {seconds:,.0f} s "
-        f"({np.median([s['tokens_per_second'] for s in steps]):,.0f} tokens/s, {peak:.1f} GiB at most), "
+        f"({speed:,.0f} tokens/s, {peak:.1f} GiB at most), "
         f"seed {run.args.seed}",
         f"{'':44}{'before':>9}{'after':>9}",
     ]
@@ -157,7 +158,7 @@ def closing(run: "common.Run", policy: Any, tokenizer: Any) -> str:
         common.write_atomically(run.folder / "measured.json", json.dumps(measured, indent=1) + "\n")
     folder = run.folder
     text += [
-        f"files       {folder}: model.safetensors, tokenizer.json, ... (plain Transformers loads the folder)",
+        f"files       {folder}: a model that plain Transformers loads,",
         "            curves.png, samples.jsonl, metrics.jsonl, run.json, checkpoint-*",
         f"next        {next_command(run)}",
     ]

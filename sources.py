@@ -126,9 +126,10 @@ def hub_rows(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
         data = datasets.load_dataset(name, config, split=named or split)
     except Exception as error:  # the hub, the network and the cache each have their own
         raise common.UserError(
-            f"--dataset {dataset}: looked for a file or folder of that name, and for the data set {name} on the Hugging "
-            f"Face hub and in its cache, in vain ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}). "
-            "Offline, give a .jsonl, .json, .parquet or .csv file, or a folder of them; README.md lists the columns"
+            f"--dataset {dataset}: looked for a file or folder of that name, and for the data set "
+            f"{name} on the Hugging Face hub and in its cache, in vain ({type(error).__name__}: "
+            f"{common.first_line(error)}). Offline, give a .jsonl, .json, .parquet or .csv file, "
+            "or a folder of them; README.md lists the columns"
         ) from None
     for i, row in enumerate(data, 1):
         yield f"{name} {named or split}:row {i}", row
