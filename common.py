@@ -57,9 +57,28 @@ def _show_user_errors(kind, error, trace, default=sys.excepthook) -> None:
         default(kind, error, trace)
     elif MAIN_PROCESS:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        let_main_go_first()
 
 
 sys.excepthook = _show_user_errors
+
+
+def let_main_go_first() -> None:
+    """torchrun ends all when one has failed, and the one that prints may not be so far."""
+    time.sleep(20)  # it is ended, and so is this sleep, as soon as that one has printed
+
+
+def command_line(arguments: type, description: str) -> Any:
+    """An instance of `arguments`. A wrong flag is told once, by the main process."""
+    import tyro
+
+    try:
+        return tyro.cli(arguments, description=description, console_outputs=MAIN_PROCESS)
+    except SystemExit as stop:
+        if stop.code and not MAIN_PROCESS:
+            let_main_go_first()
+        raise
 
 
 def say(label: str, text: str) -> None:
@@ -77,8 +96,13 @@ def short_name(model: str) -> str:
     from, through any number of runs, else the last part of a hub id or path.
     """
     config = model_folder(model) / "config.json"
+    if model == "tiny-untrained":
+        return "tiny"
     if config.is_file():
-        ours = json.loads(config.read_text()).get("plainpref")
+        try:
+            ours = json.loads(config.read_text(encoding="utf-8")).get("plainpref")
+        except ValueError:
+            raise UserError(f"--model {model}: {config} is not JSON") from None
         if ours:
             return ours["base_model"]
     return Path(model).name.lower()
@@ -89,11 +113,11 @@ def model_folder(model: str) -> Path:
     return HERE / "tiny" if model == "tiny" else Path(model).expanduser()
 
 
-def fill_in(args: Any, settings: dict[str, dict]) -> dict[str, str]:
-    """Give every argument left out the value of its model's row in the method's table; return where
-    each came from.
+def fill_in(args: Any, settings: dict[str, dict]) -> tuple[dict[str, str], dict]:
+    """Give every argument left out the value of its model's row in the table. Returns where each
+    argument came from, and the row.
     """
-    name = "tiny" if args.model == "tiny-untrained" else short_name(args.model)
+    name = short_name(args.model)
     other = next(key for key in settings if key != "tiny")  # for models that have no row
     published = name if name in settings else other
     row, origin, taken = settings[published], {}, []
@@ -104,26 +128,25 @@ def fill_in(args: Any, settings: dict[str, dict]) -> dict[str, str]:
             taken.append(f"{f.name} {row[f.name]}")
             origin[f.name] = f"{published}: {row['source']}"
         else:
-            own = value in (f.default, row.get(f.name, f.default))
-            origin[f.name] = "default" if own else "command line"
+            origin[f.name] = "default" if value == f.default else "command line"
     say("settings", ", ".join(taken) or "all from the command line")
     untested = "" if published == name else f", untested on {name}"
     published = row["source"] if published == "tiny" else f"published for {published}{untested}"
     say("", published if published == row["source"] else f"{published} ({row['source']})")
-    return origin
+    return origin, row
 
 
 def check_shared(args: Any) -> None:
     """Values that no script can work with, named before anything is loaded."""
     positive = "batch_size micro_batch_size max_length max_prompt_length max_steps".split()
-    not_negative = "eval_every sample_every save_every keep_last weight_decay max_grad_norm".split()
-    for name in positive + not_negative:
+    not_negative = "eval_every sample_every save_every keep_last weight_decay max_grad_norm seed"
+    for name in positive + not_negative.split():
         value, least = getattr(args, name), int(name in positive)
         if value is not None and value < least:
             raise UserError(f"{flag(name)} must be {least} or more, got {value}")
-    if not args.max_steps and args.epochs <= 0:
+    if not args.max_steps and not 0 < args.epochs < float("inf"):
         raise UserError(f"--epochs must be positive, got {args.epochs}")
-    if args.lr is None or args.lr <= 0:
+    if args.lr is None or not 0 < args.lr < float("inf"):  # nan is neither
         raise UserError(f"--lr must be positive, got {args.lr}")
     if not 0 <= args.warmup_ratio < 1:
         raise UserError(f"--warmup-ratio must be in [0, 1), got {args.warmup_ratio}")
@@ -148,7 +171,7 @@ def start(args: Any, settings: dict[str, dict], script: str) -> Run:
     """Fill in what was left out of `args`, start the processes, open the run folder. The first line
     of every main.
     """
-    origin = fill_in(args, settings)
+    origin, row = fill_in(args, settings)
     check_shared(args)
     if args.dtype is None:
         bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -164,7 +187,7 @@ def start(args: Any, settings: dict[str, dict], script: str) -> Run:
         # Long, because one process may tokenise or write a checkpoint while the others wait.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
-    run = Run(args, origin, Path(script).resolve())
+    run = Run(args, origin, row, Path(script).resolve())
     run.open_folder()
     return run
 
@@ -241,9 +264,9 @@ class Processes:
 class Run(Processes):
     """One training run: where it stands, what it has measured, and its folder."""
 
-    def __init__(self, args: Any, origin: dict[str, str], script: Path):
+    def __init__(self, args: Any, origin: dict[str, str], row: dict, script: Path):
         super().__init__()
-        self.args, self.origin, self.script = args, origin, script
+        self.args, self.origin, self.row, self.script = args, origin, row, script
         self.folder = Path(args.output_dir or Path("runs") / self._default_name())
         self.step = 0  # optimizer steps done
         self.total_steps = 0  # known when the rows are
@@ -257,8 +280,9 @@ class Run(Processes):
     def _default_name(self) -> str:
         parts = [self.script.stem]
         for name, where in self.origin.items():
-            if where == "command line" and name not in BOOKKEEPING:
-                value = getattr(self.args, name)
+            value = getattr(self.args, name)
+            usual = where != "command line" or value == self.row.get(name)
+            if not usual and name not in BOOKKEEPING:
                 text = re.sub(r"[^\w.+-]+", "_", _short_number(value)).strip("_")
                 parts.append(f"{name.replace('_', '')}{'' if text[:1].isdigit() else '-'}{text}")
         name = "-".join(parts)
@@ -279,14 +303,18 @@ class Run(Processes):
             raise SystemExit(0)
 
     def _open_folder(self) -> dict:
-        old = self.folder / "run.json"
+        if self.folder.is_file():
+            raise UserError(f"--output-dir {self.folder} is a file")
+        old = self._record_there()
         if self.args.resume == "never":
+            old = None
             first, n = self.folder, 1
             while self.folder.exists() and any(self.folder.iterdir()):
                 n += 1
                 self.folder = first.with_name(f"{first.name}-{n}")
-        elif old.is_file():
-            self._refuse_other_run(json.loads(old.read_text()))
+        elif old:
+            if self._begun():
+                self._refuse_other_run(old)
         elif self.folder.exists() and any(p.name != ".lock" for p in self.folder.iterdir()):
             raise UserError(
                 f"{self.folder} is not empty and holds no run of ours. Choose another --output-dir"
@@ -294,7 +322,7 @@ class Run(Processes):
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock()
         record = self._describe()
-        same = old.is_file() and json.loads(old.read_text())["arguments"] == record["arguments"]
+        same = old is not None and old["arguments"] == record["arguments"]
         if (self.folder / "summary.txt").is_file() and same:
             return {"folder": str(self.folder), "finished": True}
         (self.folder / "summary.txt").unlink(missing_ok=True)
@@ -303,6 +331,19 @@ class Run(Processes):
             write_atomically(self.folder / source.name, source.read_text())
         say("run", f"{self.folder}, {self.world} process(es) on {self.device.type}")
         return {"folder": str(self.folder), "finished": False}
+
+    def _record_there(self) -> dict | None:
+        """run.json, if it is one of ours."""
+        try:
+            record = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
+            return record if {"arguments", "source", "processes"} <= record.keys() else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def _begun(self) -> bool:
+        """Whether there is anything to lose: a run stopped by a mistake in its input left none."""
+        logs = any(_size(self.folder / name) for name in LOGS)
+        return logs or bool(self._checkpoints())
 
     def _lock(self) -> None:
         """Two runs in one folder would write over each other."""
@@ -664,6 +705,7 @@ class Run(Processes):
         mend_for_transformers_4(temporary, dtype)
         sync_folder(temporary)
         for file in temporary.iterdir():
+            file.chmod(0o644)  # Transformers makes the weights private
             os.replace(file, self.folder / file.name)
         temporary.rmdir()
         sync_folder(self.folder)
@@ -762,17 +804,25 @@ def load_tokenizer(model: str, max_length: int):
     return tokenizer
 
 
-def resolve_model(model: str) -> str:
+def check_reference(ref_model: str | None, soup_weight: float) -> None:
+    """Named before the policy is loaded."""
+    if not 0 <= soup_weight <= 1:
+        raise UserError(f"--soup-weight must be in [0, 1], got {soup_weight}")
+    for part in ref_model.split("+") if ref_model else ():
+        resolve_model(part, "--ref-model")
+
+
+def resolve_model(model: str, named: str = "--model") -> str:
     """A folder if there is one, else a hub id (short names are looked up in sources.py)."""
     folder = model_folder(model)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"--model {model}: no config.json in {folder}. Is this a folder that a run saved?"
+                f"{named} {model}: no config.json in {folder}. Is this a folder that a run saved?"
             )
         return str(folder)
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or model.startswith("runs/"):
-        raise UserError(f"--model {model}: there is no such folder")
+        raise UserError(f"{named} {model}: there is no such folder")
     sources = beside("sources")
     return sources.MODELS.get(model, model) if sources else model
 
@@ -816,7 +866,6 @@ class Rows:
     name: str
     rows: list[Row]
     ref_logps: Tensor | None = None  # (N, K) float64, NaN where not computed
-    prompts_from_family: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -855,7 +904,7 @@ def load_rows(
     elif own_test := _own_test_split(dataset):
         held_out = _read(own_test, "test", kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too)
     else:
-        held_out = _hold_out(train)
+        held_out = _hold_out(train, tokenizer)
     return train, held_out
 
 
@@ -866,11 +915,13 @@ def _own_test_split(dataset: str) -> str | None:
     return sources.test_split(dataset) if sources else None
 
 
-def _hold_out(train: Rows) -> Rows:
-    """A twentieth of the rows, 512 at most, chosen by a hash of the prompt: all rows of a prompt
-    are on one side.
+def _hold_out(train: Rows, tokenizer) -> Rows:
+    """A twentieth of the rows, 512 at most, chosen by a hash of what is asked (of a text, which
+    asks nothing, by its own): all rows of a prompt are on one side.
     """
-    scored = [hashlib.sha256(row.prompt.tobytes()).digest()[:8] for row in train.rows]
+    asks = len(tokenizer.bos)
+    keys = [row.ask if len(row.ask) > asks else row.responses[0] for row in train.rows]
+    scored = [hashlib.sha256(key.tobytes()).digest()[:8] for key in keys]
     most = min(512, len(train) // 20)
     border = sorted(scored)[most] if most else b""
     held_out = [row for row, score in zip(train.rows, scored, strict=True) if score < border]
@@ -897,7 +948,7 @@ def _read(dataset, split, kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too
         except BadRow as reason:
             bad.append(f"{where}: {reason}")
     if bad and not skip_bad_rows:
-        more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
+        more = f"\n  ... and {len(bad) - 10:,} more" if len(bad) > 10 else ""
         raise UserError(
             f"{len(bad):,} of {counts['read']:,} rows of {dataset} cannot be used "
             "(--skip-bad-rows goes on without them):\n  " + "\n  ".join(bad[:10]) + more
@@ -907,7 +958,7 @@ def _read(dataset, split, kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too
             f"{dataset}: no usable row ({counts['read']:,} read, {len(bad):,} of them bad)"
         )
     _report(dataset, split, found, kind, pairs, rows, counts, bad, tokenizer)
-    return Rows(dataset, rows, prompts_from_family=dataset.split(":")[0] == "family")
+    return Rows(dataset, rows)
 
 
 def _raw_rows(dataset: str, split: str, kind: str) -> Iterator[tuple[str, Any]]:
@@ -923,7 +974,7 @@ def _raw_rows(dataset: str, split: str, kind: str) -> Iterator[tuple[str, Any]]:
         yield from sources.rows(dataset, split)
     else:
         raise UserError(
-            f"--dataset {dataset}: there is no such .jsonl file, and sources.py, which knows other "
+            f"{dataset}: there is no such .jsonl file, and sources.py, which knows other "
             "kinds of files and the hub, does not stand beside common.py"
         )
 
@@ -1076,16 +1127,18 @@ def _pair(raw: dict) -> Record:
     shared = 0  # whole dialogues: the prompt is what the two have in common, message by message
     while shared < min(map(len, both)) - 1 and both[0][shared] == both[1][shared]:
         shared += 1
-    if shared:
-        return Record(both[0][:shared], [side[shared:] for side in both])
+    opening, sides = both[0][:shared], [side[shared:] for side in both]
     if raw.get("prompt") is None:
-        raise BadRow(
-            "'chosen' and 'rejected' do not begin with the same message, and there is no 'prompt'"
-        )
-    prompt = _prompt(raw)
-    return Record(
-        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, both
-    )
+        if not shared:
+            raise BadRow(
+                "'chosen' and 'rejected' do not begin with the same message, and there is no "
+                "'prompt'"
+            )
+    elif not shared or opening[0]["role"] == "assistant":  # not whole: they go on from the prompt
+        prompt = _prompt(raw)
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        opening = asked + opening
+    return Record(opening, sides)
 
 
 def _ranked(raw: dict) -> tuple[str | list[dict], list[tuple[float, Any]]]:
@@ -1101,11 +1154,10 @@ def _ranked(raw: dict) -> tuple[str | list[dict], list[tuple[float, Any]]]:
         if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
             raise BadRow(f"a score must be a finite number, this is {score!r}")
     ranked = sorted(zip(scores, responses, strict=True), key=lambda pair: -pair[0])
-    distinct = {
-        json.dumps(_response(r, "responses")): (s, _response(r, "responses"))
-        for s, r in reversed(ranked)
-    }
-    return _prompt(raw), sorted(distinct.values(), key=lambda pair: -pair[0])
+    distinct: dict[str, tuple[float, Any]] = {}
+    for score, response in ranked:
+        distinct.setdefault(json.dumps(_response(response, "responses")), (score, response))
+    return _prompt(raw), list(distinct.values())
 
 
 def _tokenise(
@@ -1120,11 +1172,18 @@ def _tokenise(
         record.responses,
         not isinstance(record.prompt, str),
     )
+    if {isinstance(response, list) for response in record.responses} != {templated}:
+        raise BadRow("prompt and responses must all be texts or all be lists of messages")
     if templated:
         prompt_text, response_texts = _render(record, tokenizer)
-    elif not isinstance(record.responses[0], str):
-        raise BadRow("the prompt is a text but the responses are lists of messages")
-    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+
+    def encode(text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # JSON can write it, UTF-8 cannot
+            raise BadRow("a text holds half a character (a lone surrogate)") from None
+        return tokenizer(text, add_special_tokens=False).input_ids
+
     prompt = encode(prompt_text)
     while tokenizer.bos and prompt[:1] == tokenizer.bos:  # written out in the text, once or twice
         prompt = prompt[1:]
@@ -1132,11 +1191,8 @@ def _tokenise(
     responses = [_with_eos(encode(text), tokenizer, templated) for text in response_texts]
     asked = prompt[: len(tokenizer.bos)] + prompt[len(tokenizer.bos) :][-max_prompt_length:]
 
-    if prompt_too or not prompt:  # the first token has nothing before it to be predicted from
-        whole = prompt + responses[0]
-        prompt, responses = whole[:1], [whole[1:], *responses[1:]]
-        if len(record.responses) > 1:
-            raise BadRow("the prompt is empty, and this tokenizer has no BOS to begin with")
+    if not prompt and len(responses) > 1:
+        raise BadRow("the prompt is empty, and this tokenizer has no BOS to begin with")
     if len(prompt) + max(map(len, responses)) > max_length:
         if (
             len(prompt) > max_prompt_length
@@ -1147,6 +1203,9 @@ def _tokenise(
         room = max_length - len(prompt)
         counts["responses cut"] += sum(len(r) > room for r in responses)
         responses = [r[:room] for r in responses]  # a cut response has no EOS: it did not end there
+    if prompt_too or not prompt:  # the first token has nothing before it to be predicted from
+        whole = prompt + responses[0]
+        prompt, responses = whole[:1], [whole[1:]]
     if len(responses) == 2 and responses[0] == responses[1]:
         counts["equal after cutting"] += 1
         return None
@@ -1420,7 +1479,7 @@ def collate(data: Rows, indexes: list[int], device: torch.device) -> Micro:
         *(to(np.concatenate(parts)) for parts in (picked, targets, slots)),
         (len(rows), many, longest),
         to(lengths),
-        None if data.ref_logps is None else data.ref_logps[indexes].to(device),
+        None if data.ref_logps is None else data.ref_logps[indexes, :many].to(device),
         int(mask.sum()),
     )
 
@@ -1525,7 +1584,7 @@ def add_reference_logps(
         mine = torch.zeros(len(rows), many, dtype=torch.float64)
         for indexes in run.share(micros, f"reference ({name})"):
             logps, _ = response_logps(reference, collate(rows, indexes, run.device))
-            mine[indexes] = logps.double().cpu()
+            mine[indexes, : logps.shape[1]] = logps.double().cpu()
         if run.world > 1:
             dist.all_reduce(mine)
         used = [i for micro in micros for i in micro]

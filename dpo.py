@@ -35,7 +35,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 import common
@@ -56,78 +55,48 @@ SETTINGS = {
 }  # fmt: skip
 
 
+# fmt: off
 @dataclass
 class Args:
     # DPO
-    beta: float | None = (
-        None  # strength of the pull to the reference, per nat; default: the model's row in SETTINGS
-    )
+    beta: float | None = None  # strength of the pull to the reference, per nat; default: the model's row in SETTINGS
     label_smoothing: float = 0.0  # cDPO: the probability that a label is wrong, in [0, 0.5)
     gamma: float = 0.0  # DPO-gamma: target margin between the two rewards, 0 or more
     # The reference
-    ref_model: str | None = (
-        None  # reference model, or a soup a+b of two; default: the policy before its first step
-    )
+    ref_model: str | None = None  # reference model, or a soup a+b of two; default: the policy before its first step
     soup_weight: float = 0.5  # weight of the first model of a soup, in [0, 1]
     cache_dir: str | None = None  # where reference log-probs are kept; default: runs/.cache
     # Model and data
     model: str = "tiny"  # tiny, a short name (gemma-2-2b, ...), a Hugging Face id, or a folder such as runs/sft
-    dataset: str | None = (
-        None  # family, a file or folder (.jsonl .json .parquet .csv) or a hub id[:config][:split]; default: SETTINGS
-    )
-    eval_dataset: str | None = (
-        None  # held-out rows; default: the dataset's own test split, else a twentieth of it
-    )
-    pairs: Literal["best-worst", "adjacent", "all"] = (
-        "best-worst"  # how a ranked list becomes pairs
-    )
+    dataset: str | None = None  # family, a file or folder (.jsonl .json .parquet .csv) or a hub id[:config][:split]; default: SETTINGS
+    eval_dataset: str | None = None  # held-out rows; default: the dataset's own test split, else a twentieth of it
+    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"  # how a ranked list becomes pairs
     skip_bad_rows: bool = False  # go on without rows that cannot be used, instead of stopping
     max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
-    max_prompt_length: int | None = (
-        None  # tokens kept of a prompt whose row is too long; default: SETTINGS
-    )
+    max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
     # Optimization
-    batch_size: int | None = (
-        None  # prompts per optimizer step, over all processes; default: SETTINGS
-    )
-    micro_batch_size: int | None = (
-        None  # prompts per forward pass and process; default: the largest that fits SETTINGS
-    )
+    batch_size: int | None = None  # prompts per optimizer step, over all processes; default: SETTINGS
+    micro_batch_size: int | None = None  # prompts per forward pass and process; default: the largest that fits SETTINGS
     epochs: float | None = None  # passes over the rows; default: SETTINGS
     max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
     lr: float | None = None  # peak learning rate; default: SETTINGS
-    schedule: Literal["constant", "linear", "cosine"] | None = (
-        None  # after the warm-up; default: SETTINGS
-    )
-    warmup_ratio: float | None = (
-        None  # share of the steps in which the learning rate rises from 0; default: SETTINGS
-    )
+    schedule: Literal["constant", "linear", "cosine"] | None = None  # after the warm-up; default: SETTINGS
+    warmup_ratio: float | None = None  # share of the steps in which the learning rate rises from 0; default: SETTINGS
     optimizer: Literal["adamw", "rmsprop"] | None = None  # default: SETTINGS
     weight_decay: float = 0.0  # on matrices only
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
-    dtype: Literal["bfloat16", "float32", "float64"] | None = (
-        None  # to compute in; default: bfloat16 on GPUs that have it, else float32
-    )
+    dtype: Literal["bfloat16", "float32", "float64"] | None = None  # to compute in; default: bfloat16 on GPUs that have it, else float32
     # The run
-    output_dir: str | None = (
-        None  # default: runs/<script> plus the flags that differ from their defaults
-    )
-    resume: Literal["auto", "never"] = (
-        "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
-    )
-    eval_every: int = (
-        100  # steps between evaluations on held-out rows; 0: only at the start and the end
-    )
-    sample_every: int = (
-        0  # steps between greedy samples on fixed prompts; 0: only at the start and the end
-    )
+    output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults
+    resume: Literal["auto", "never"] = "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
+    eval_every: int = 100  # steps between evaluations on held-out rows; 0: only at the start and the end
+    sample_every: int = 0  # steps between greedy samples on fixed prompts; 0: only at the start and the end
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_last: int = 1  # checkpoints kept
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
     seed: int = 0  # of the order of rows, and of whatever is sampled
-    deterministic: bool = (
-        False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
-    )
+    deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
+# fmt: on
 
 
 def dpo_loss(
@@ -162,10 +131,11 @@ def dpo_loss(
 
 def main(args: Args) -> None:
     run = common.start(args, SETTINGS, __file__)
-    if args.beta <= 0 or not 0 <= args.label_smoothing < 0.5 or args.gamma < 0:
+    if not args.beta > 0 or not 0 <= args.label_smoothing < 0.5 or not args.gamma >= 0:
         raise common.UserError(
             "--beta must be positive, --label-smoothing in [0, 0.5), --gamma 0 or more"
         )
+    common.check_reference(args.ref_model, args.soup_weight)
     tokenizer = common.load_tokenizer(args.model, args.max_length)
     train, held_out = common.load_rows(
         args.dataset, args.eval_dataset, "pair", tokenizer, args.max_length, args.max_prompt_length,
@@ -209,4 +179,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, console_outputs=common.MAIN_PROCESS))
+    main(common.command_line(Args, __doc__))

@@ -32,10 +32,9 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -118,7 +117,7 @@ class Family:
 
 
 def make_family(rng: random.Random) -> Family:
-    """Three generations, sometimes four; 6 to 13 people."""
+    """Three generations, sometimes four; 6 to 11 people."""
     names = iter(rng.sample(NAMES, 20))
     couples = []
 
@@ -129,11 +128,11 @@ def make_family(rng: random.Random) -> Family:
         couples.append((pair[0], pair[1], children))
         return children
 
-    second = couple(next(names), rng.choice((2, 2, 2, 3)))
-    third = couple(second[0], rng.choice((1, 2)))
+    second = couple(next(names), 2)
+    third = couple(second[0], rng.choice((1, 1, 2)))
     if rng.random() < 0.75:
-        third += couple(second[1], rng.choice((1, 2)))
-    if rng.random() < 0.2:
+        third += couple(second[1], rng.choice((1, 1, 2)))
+    if rng.random() < 0.15:
         couple(rng.choice(third), rng.choice((1, 2)))
     return Family(tuple(couples))
 
@@ -250,12 +249,12 @@ def reward(prompts: list[str], responses: list[str]) -> list[float]:
 NOISE = 0.15  # P(a preferred to b) = sigmoid((reward_a - reward_b) / NOISE)
 
 
-def judge(prompt: str, responses: list[str], rng: random.Random) -> list[float]:
+def judge(prompt: str, responses: Sequence[str], rng: random.Random) -> list[float]:
     """Noisy scores whose order is a Plackett-Luce draw on the true reward."""
     gumbel = [-math.log(-math.log(1.0 - rng.random() * (1 - 1e-12) - 5e-13)) for _ in responses]
     return [
         r / NOISE + g
-        for r, g in zip(reward([prompt] * len(responses), responses), gumbel, strict=True)
+        for r, g in zip(reward([prompt] * len(responses), list(responses)), gumbel, strict=True)
     ]
 
 
@@ -451,7 +450,7 @@ def untrained_model():
 # -----------------------------------------------------------------------------------------------
 # What training changed, in the true reward
 
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 16
 
 
 def measure(run, policy, start, tokenizer, n: int) -> dict[str, float]:
@@ -500,8 +499,8 @@ def measure(run, policy, start, tokenizer, n: int) -> dict[str, float]:
     }
 
 
-def make_judged(model: str, n: int, split: str, file: Path, seed: int = 0) -> None:
-    """Four samples a prompt of `model`, scored by the noisy annotator, as Parquet."""
+def judge_samples(model: str = "runs/sft", output_dir: str = "tiny", prompts: int = 12_000) -> None:
+    """Four samples a prompt of a model, scored by the noisy annotator, as Parquet."""
     import pyarrow
     import pyarrow.parquet
 
@@ -511,65 +510,45 @@ def make_judged(model: str, n: int, split: str, file: Path, seed: int = 0) -> No
     run = common.Processes()
     tokenizer = common.load_tokenizer(model, 1)
     policy = common.load_policy(model, "float32", run)
-    texts = [prompt_of(*asked[:3]) for asked in _take(n, 2, split)]
-    prompts = [np.array(tokenizer(text).input_ids, np.int32) for text in texts]
-    samples = []
-    for k in range(4):
-        made = generation.generate(
-            policy,
-            prompts,
-            tokenizer.stop_ids,
-            MAX_NEW_TOKENS,
-            1.0,
-            4 * seed + k,
-            run,
-            label=f"{split} {k + 1}/4",
-        )
-        samples.append([generation.text_of(ids, tokenizer) for ids in made])
-    rng = random.Random(f"judge-{seed}-{split}")
-    judged = []
-    for text, responses in zip(texts, zip(*samples, strict=True), strict=True):
-        responses = [response for response in responses if response.strip()]
-        if len(responses) == 4:  # an empty answer is no row
-            scores = [round(score, 3) for score in judge(text, responses, rng)]
-            judged.append({"prompt": text, "responses": responses, "scores": scores})
-    table = pyarrow.Table.from_pylist(judged)
-    pyarrow.parquet.write_table(table, file, compression="zstd", compression_level=19)
-    print(f"{file}: {len(judged):,} prompts, {file.stat().st_size / 1e6:.2f} MB")
-
-
-@dataclass
-class Command:
-    do: Literal["show", "judge"] = "show"  # show a few rows of every kind, or sample and judge
-    model: str = "runs/sft"  # judge: whose samples
-    output_dir: str = str(TINY)  # judge: where judged-train.parquet and judged-test.parquet go
-    prompts: int = 12_000  # judge: how many training prompts
-
-
-def main(command: Command) -> None:
-    if command.do == "judge":
-        for split, n in (("train", command.prompts), ("test", 512)):
-            make_judged(
-                command.model, n, split, Path(command.output_dir) / f"judged-{split}.parquet"
+    for split, n in (("train", prompts), ("test", 512)):
+        texts = [prompt_of(*asked[:3]) for asked in _take(n, 2, split)]
+        ids = [np.array(tokenizer(text).input_ids, np.int32) for text in texts]
+        samples = []
+        for k in range(4):
+            made = generation.generate(
+                policy,
+                ids,
+                tokenizer.stop_ids,
+                MAX_NEW_TOKENS,
+                1.0,
+                k,
+                run,
+                label=f"{split} {k + 1}",
             )
-        return
+            samples.append([generation.text_of(answer, tokenizer) for answer in made])
+        rng = random.Random(f"judge-{split}")
+        judged = []
+        for text, responses in zip(texts, zip(*samples, strict=True), strict=True):
+            scores = [round(score, 3) for score in judge(text, responses, rng)]
+            if all(response.strip() for response in responses):  # an empty answer makes a bad row
+                judged.append({"prompt": text, "responses": responses, "scores": scores})
+        file = Path(output_dir) / f"judged-{split}.parquet"
+        table = pyarrow.Table.from_pylist(judged)
+        pyarrow.parquet.write_table(table, file, compression="zstd", compression_level=19)
+        print(f"{file}: {len(judged):,} prompts, {file.stat().st_size / 1e6:.2f} MB", flush=True)
+
+
+def show(n: int = 3) -> None:
+    """A few rows of every kind."""
     for dataset, kind in (
-        ("family", "demonstration"),
-        ("family", "ranked"),
-        ("family:off-policy", "pair"),
-    ):
-        if (
-            dataset == "family"
-            and kind == "ranked"
-            and not (TINY / "judged-train.parquet").is_file()
-        ):
-            continue
+        ("family", "demonstration"), ("family", "ranked"), ("family:off-policy", "pair"),
+    ):  # fmt: skip
         print(f"\n{dataset}, {kind}")
-        for _, row in itertools.islice(rows(dataset, "train", kind), 3):
+        for _, row in itertools.islice(rows(dataset, "train", kind), n):
             print(json.dumps(row))
 
 
 if __name__ == "__main__":
     import tyro
 
-    main(tyro.cli(Command, description=__doc__))
+    tyro.extras.subcommand_cli_from_dict({"show": show, "judge": judge_samples})

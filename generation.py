@@ -67,8 +67,10 @@ def _generate_batch(
     ids, mask, uniforms = ids.to(device), mask.to(device), uniforms.to(device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # a row's first real token is at position 0
     stops = torch.tensor(sorted(stop_ids), device=device)
-    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    cache, tokens = None, []
+    found = torch.full((len(prompts), max_new_tokens), -1, device=device)
+    rows = torch.arange(len(prompts), device=device)  # which row of `found` a row of the batch is
+    running = torch.ones_like(rows, dtype=torch.bool)
+    cache = None
     for t in range(max_new_tokens):
         with common.autocast(policy):
             out = policy(
@@ -79,20 +81,23 @@ def _generate_batch(
         if temperature == 0:
             token = logits.argmax(-1)
         else:
-            # The cumulative sum's last entry, not 1, is what the uniform is scaled to: so rounding
-            # never steps past it.
+            # The uniform is scaled to the last entry, not to 1: rounding never steps past the end.
             cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-            token = torch.searchsorted(
-                cumulative, uniforms[:, t : t + 1] * cumulative[:, -1:], right=True
-            )[:, 0]
+            at = uniforms[rows, t, None] * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, at, right=True)[:, 0]
             token = token.clamp(max=logits.shape[-1] - 1)
-        tokens.append(torch.where(running, token, -1))
+        found[rows[running], t] = token[running]
         running = running & ~torch.isin(token, stops)
         if not running.any():
             break
         ids, positions = token[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
-    return torch.stack(tokens, 1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        if running.sum() <= len(rows) // 2:  # most have ended: go on with the others alone
+            left = running.nonzero()[:, 0]
+            cache.batch_select_indices(left)
+            ids, positions, mask = ids[left], positions[left], mask[left]
+            rows, running = rows[left], running[left]
+    return found
 
 
 def text_of(ids: np.ndarray, tokenizer) -> str:

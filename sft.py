@@ -26,7 +26,6 @@ Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.11-2.
 from dataclasses import dataclass
 from typing import Literal
 
-import tyro
 from torch import Tensor
 
 import common
@@ -47,67 +46,41 @@ SETTINGS = {
 }  # fmt: skip
 
 
+# fmt: off
 @dataclass
 class Args:
     # SFT
-    train_on_prompt: bool | None = (
-        None  # the prompt's tokens are targets too; default: the model's row in SETTINGS
-    )
+    train_on_prompt: bool | None = None  # the prompt's tokens are targets too; default: the model's row in SETTINGS
     # Model and data
     model: str = "tiny-untrained"  # tiny-untrained, a short name (gemma-2-2b, ...), a Hugging Face id, or a folder
-    dataset: str | None = (
-        None  # family, a file or folder (.jsonl .json .parquet .csv) or a hub id[:config][:split]; default: SETTINGS
-    )
-    eval_dataset: str | None = (
-        None  # held-out rows; default: the dataset's own test split, else a twentieth of it
-    )
+    dataset: str | None = None  # family, a file or folder (.jsonl .json .parquet .csv) or a hub id[:config][:split]; default: SETTINGS
+    eval_dataset: str | None = None  # held-out rows; default: the dataset's own test split, else a twentieth of it
     skip_bad_rows: bool = False  # go on without rows that cannot be used, instead of stopping
     max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
-    max_prompt_length: int | None = (
-        None  # tokens kept of a prompt whose row is too long; default: SETTINGS
-    )
+    max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
     # Optimization
-    batch_size: int | None = (
-        None  # prompts per optimizer step, over all processes; default: SETTINGS
-    )
-    micro_batch_size: int | None = (
-        None  # prompts per forward pass and process; default: the largest that fits SETTINGS
-    )
+    batch_size: int | None = None  # prompts per optimizer step, over all processes; default: SETTINGS
+    micro_batch_size: int | None = None  # prompts per forward pass and process; default: the largest that fits SETTINGS
     epochs: float | None = None  # passes over the rows; default: SETTINGS
     max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
     lr: float | None = None  # peak learning rate; default: SETTINGS
-    schedule: Literal["constant", "linear", "cosine"] | None = (
-        None  # after the warm-up; default: SETTINGS
-    )
-    warmup_ratio: float | None = (
-        None  # share of the steps in which the learning rate rises from 0; default: SETTINGS
-    )
+    schedule: Literal["constant", "linear", "cosine"] | None = None  # after the warm-up; default: SETTINGS
+    warmup_ratio: float | None = None  # share of the steps in which the learning rate rises from 0; default: SETTINGS
     optimizer: Literal["adamw", "rmsprop"] | None = None  # default: SETTINGS
     weight_decay: float = 0.0  # on matrices only
     max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
-    dtype: Literal["bfloat16", "float32", "float64"] | None = (
-        None  # to compute in; default: bfloat16 on GPUs that have it, else float32
-    )
+    dtype: Literal["bfloat16", "float32", "float64"] | None = None  # to compute in; default: bfloat16 on GPUs that have it, else float32
     # The run
-    output_dir: str | None = (
-        None  # default: runs/<script> plus the flags that differ from their defaults
-    )
-    resume: Literal["auto", "never"] = (
-        "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
-    )
-    eval_every: int = (
-        100  # steps between evaluations on held-out rows; 0: only at the start and the end
-    )
-    sample_every: int = (
-        0  # steps between greedy samples on fixed prompts; 0: only at the start and the end
-    )
+    output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults
+    resume: Literal["auto", "never"] = "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
+    eval_every: int = 100  # steps between evaluations on held-out rows; 0: only at the start and the end
+    sample_every: int = 0  # steps between greedy samples on fixed prompts; 0: only at the start and the end
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_last: int = 1  # checkpoints kept
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
     seed: int = 0  # of the order of rows, and of whatever is sampled
-    deterministic: bool = (
-        False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
-    )
+    deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
+# fmt: on
 
 
 def sft_loss(
@@ -159,4 +132,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__, console_outputs=common.MAIN_PROCESS))
+    main(common.command_line(Args, __doc__))

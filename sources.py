@@ -50,13 +50,13 @@ def rows(dataset: str, split: str) -> Iterator[tuple[str, Any]]:
             raise common.UserError(f"{path}: the name must end with one of {', '.join(READERS)}")
         yield from READERS[path.suffix](path)
     elif path.suffix in READERS or dataset.startswith((".", "/", "~")):
-        raise common.UserError(f"--dataset {dataset}: there is no such file")
+        raise common.UserError(f"{dataset}: there is no such file or folder")
     else:
         yield from hub_rows(dataset, split)
 
 
 def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
-    text = path.read_bytes()
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     if not text.lstrip().startswith(b"["):  # JSON lines under another name
         yield from common.json_lines(path)
         return
@@ -67,7 +67,9 @@ def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
     for number, row in enumerate(rows, 1):
         yield (
             f"{path}:row {number}",
-            row if isinstance(row, dict) else common.BadRow("a row must be an object"),
+            row
+            if isinstance(row, dict)
+            else common.BadRow(f"a row must be an object, this is a {type(row).__name__}"),
         )
 
 
@@ -87,6 +89,15 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
     """Lists (responses, scores) are written as JSON in their cell; a label as true/false or 1/0."""
+    try:
+        yield from _csv_rows(path)
+    except UnicodeDecodeError as error:
+        raise common.UserError(f"{path}: not UTF-8 ({error.reason})") from None
+    except csv.Error as error:
+        raise common.UserError(f"{path}: not CSV ({error})") from None
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses long texts
     with open(path, newline="", encoding="utf-8-sig") as f:
         reader = csv.DictReader(f)
@@ -126,7 +137,7 @@ def hub_rows(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
         data = datasets.load_dataset(name, config, split=named or split)
     except Exception as error:  # the hub, the network and the cache each have their own
         raise common.UserError(
-            f"--dataset {dataset}: looked for a file or folder of that name, and for the data set "
+            f"{dataset}: looked for a file or folder of that name, and for the data set "
             f"{name} on the Hugging Face hub and in its cache, in vain ({type(error).__name__}: "
             f"{common.first_line(error)}). Offline, give a .jsonl, .json, .parquet or .csv file, "
             "or a folder of them; README.md lists the columns"

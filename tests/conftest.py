@@ -1,4 +1,4 @@
-"""What the tests stand on: tiny random checkpoints with tokenizers of their own, and small files of rows."""
+"""What the tests stand on: tiny random checkpoints with tokenizers, and small files of rows."""
 
 import json
 import os
@@ -19,7 +19,9 @@ CHAT = (
 
 
 def make_tokenizer(kind: str):
-    """A byte-level BPE. `bos`: it begins sequences with one; `chat`: a template, no BOS; `pad-eos`: one special token."""
+    """A byte-level BPE. `bos`: begins with one; `chat`: a template, no BOS; `pad-eos`: one
+    special token for all.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -145,12 +147,18 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def start_script(script: str, *flags: str, processes: int = 1, cwd: Path = ROOT, **more) -> subprocess.Popen:
+def start_script(
+    script: str, *flags: str, processes: int = 1, cwd: Path = ROOT, **more
+) -> subprocess.Popen:
     """A script as a user starts it, with one process or several."""
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     return subprocess.Popen(
         [*launch, str(cwd / script), *map(str, flags)],
         cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more,

@@ -1,0 +1,103 @@
+"""Take one file with you: dpo.py, common.py, rows and a model are all it takes to train."""
+
+import inspect
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, pair_rows, run_script, start_script, write_jsonl
+from torch import Tensor
+
+import dpo
+import sft
+
+FLAGS = """
+--model model --dataset pairs.jsonl --max-length 64 --max-prompt-length 40
+--beta 0.5 --lr 3e-4 --schedule linear --warmup-ratio 0.1 --optimizer adamw
+--batch-size 8 --micro-batch-size 4 --max-steps 60 --eval-every 9 --save-every 8
+""".split()
+
+
+@pytest.fixture
+def kit(checkpoints, tmp_path) -> Path:
+    """An empty folder with four things in it."""
+    folder = tmp_path / "kit"
+    folder.mkdir()
+    for name in ("dpo.py", "common.py"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(checkpoints("llama"), folder / "model")
+    write_jsonl(folder / "pairs.jsonl", pair_rows(60))
+    return folder
+
+
+def test_two_files_train_resume_and_export(kit):
+    status, _, err = run_script("dpo.py", *FLAGS, "--output-dir", "whole", cwd=kit)
+    assert status == 0, err
+
+    process = start_script("dpo.py", *FLAGS, "--output-dir", "killed", cwd=kit)
+    limit = time.monotonic() + 300
+    while not list((kit / "killed").glob("checkpoint-*")):
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (kit / "killed" / "model.safetensors").exists(), "too late: it had finished"
+    status, out, err = run_script("dpo.py", *FLAGS, "--output-dir", "killed", cwd=kit)
+    assert status == 0, err
+    assert "resume" in out and "killed/checkpoint-" in out
+
+    weights = [(kit / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
+    lines = [json.loads(line) for line in (kit / "killed" / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "lr" in line] == list(range(1, 61))
+    assert lines[0]["eval/loss"] == pytest.approx(math.log(2), abs=1e-6, rel=0)
+    assert lines[-1]["eval/loss"] < 0.5
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    policy = AutoModelForCausalLM.from_pretrained(kit / "killed")
+    tokenizer = AutoTokenizer.from_pretrained(kit / "killed")
+    ids = tokenizer("the cat sat?", return_tensors="pt").input_ids
+    assert policy(ids).logits.isfinite().all()
+    # Nothing outside of the folder was needed, and nothing else was written into it.
+    made, given = {"whole", "killed", "runs"}, {"dpo.py", "common.py", "model", "pairs.jsonl"}
+    assert {p.name for p in kit.iterdir()} - {"__pycache__"} == made | given
+
+
+def test_what_was_not_copied_is_said_to_be_missing(kit):
+    """Other files than .jsonl, hub ids and short names are sources.py's business."""
+    (kit / "pairs.csv").write_text("prompt,chosen,rejected\na,b,c\n")
+    flags = ["pairs.csv" if flag == "pairs.jsonl" else flag for flag in FLAGS]
+    status, _, err = run_script("dpo.py", *flags, cwd=kit)
+    assert status == 1
+    assert "sources.py" in err and "pairs.csv" in err
+    assert "Traceback" not in err
+
+
+def pasted(function) -> object:
+    """The function's source in a notebook that has imported torch and three names."""
+    names = {"torch": torch, "F": F, "Tensor": Tensor}
+    exec(inspect.getsource(function), names)  # noqa: S102
+    return names[function.__name__]
+
+
+def test_dpo_loss_can_be_pasted():
+    loss = pasted(dpo.dpo_loss)
+    logps = torch.tensor([[-3.0, -1.0], [-4.0, -6.0], [-2.0, -2.0], [-5.0, -2.0]])  # 4 x (B,)
+    losses, metrics = loss(*logps, beta=0.5)
+    # margins: 0.5 * ((-3 + 2) - (-4 + 5)) = -1, and 0.5 * ((-1 + 2) - (-6 + 2)) = 2.5
+    expected = [math.log1p(math.exp(1)), math.log1p(math.exp(-2.5))]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-6)
+    assert metrics["rewards/margins"].tolist() == [-1.0, 2.5]
+
+
+def test_sft_loss_can_be_pasted():
+    losses, metrics = pasted(sft.sft_loss)(torch.tensor([-3.0, -1.0]), torch.tensor([3, 2]))
+    assert losses.tolist() == [3.0, 1.0]
+    values, weights = metrics["loss"]
+    assert values.sum() / weights.sum() == pytest.approx(4 / 5)

@@ -1,0 +1,332 @@
+"""Response log-probs against the plain way: one text at a time through the whole model, log_softmax
+in float64, picked by hand.
+
+For every architecture, forward and backward, with Gemma 2's and Mistral's windows shorter than the
+texts.
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import ARCHITECTURES
+
+import common
+
+VOCABULARY = 300  # ids that the tests' models and tokenizers both have
+EOS = 1
+CPU = torch.device("cpu")
+
+
+# -- helpers
+
+
+class OneProcess:
+    """What `load_policy` asks of a run."""
+
+    device, world = CPU, 1
+
+
+def load(folder, dtype: str = "float64") -> torch.nn.Module:
+    return common.load_policy(str(folder), dtype, OneProcess())
+
+
+def reference_model(folder, dtype: torch.dtype, **changes):
+    """As plain Transformers loads it, with eager attention, which is the definition."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", **changes
+    )
+    return model.to(dtype).eval()
+
+
+@contextmanager
+def all_float64():
+    """Transformers computes norms and the eager softmax in fp32 even in a float64 model, so nothing
+    below 1e-7 could be seen. In here what is float64 stays float64, in the reference and in what
+    is tested.
+    """
+    to, softmax = torch.Tensor.to, F.softmax
+
+    def stays(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:
+        return tensor.dtype == torch.float64 and dtype == torch.float32
+
+    def new_to(self, *args, **more):
+        asked = more.get("dtype", args[0] if args else None)
+        return self if stays(self, asked) else to(self, *args, **more)
+
+    def new_softmax(input, dim=None, dtype=None, **more):
+        return softmax(input, dim=dim, dtype=None if stays(input, dtype) else dtype, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", new_to)
+        patch.setattr(torch.Tensor, "float", lambda self: new_to(self, torch.float32))
+        patch.setattr(F, "softmax", new_softmax)
+        yield
+
+
+# Lengths of a prompt and of its responses: K is 3, 1, 2 and 4; windows are 8.
+RAGGED = ((5, (9, 3, 4)), (17, (1,)), (1, (30, 2)), (24, (6, 6, 1, 12)))
+PAIRS = ((6, (9, 4)), (30, (1, 7)), (2, (3, 20)), (11, (5, 5)))
+
+
+def random_rows(shapes, seed: int = 0) -> list[common.Row]:
+    """Rows of random tokens; responses end with EOS."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for prompt_length, lengths in shapes:
+        prompt = rng.integers(3, VOCABULARY, prompt_length).astype(np.int32)
+        responses = [rng.integers(3, VOCABULARY, n).astype(np.int32) for n in lengths]
+        for response in responses:
+            response[-1] = EOS
+        rows.append(common.Row(prompt, responses, prompt))
+    return rows
+
+
+def collated(rows: list[common.Row], indexes: list[int] | None = None) -> common.Micro:
+    return common.collate(common.Rows("test", rows), indexes or list(range(len(rows))), CPU)
+
+
+def plain_token_logps(model, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
+    """(T,) from the logits of the whole text, alone in its batch."""
+    ids = [*prompt.tolist(), *response.tolist()]
+    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return torch.stack([logps[t - 1, ids[t]] for t in range(len(prompt), len(ids))])
+
+
+def plain(model, rows: list[common.Row]) -> dict[tuple[int, int], torch.Tensor]:
+    """(b, k) -> (T,)"""
+    return {
+        (b, k): plain_token_logps(model, row.prompt, response)
+        for b, row in enumerate(rows)
+        for k, response in enumerate(row.responses)
+    }
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+# -- every architecture
+
+
+@pytest.mark.parametrize("shapes", (PAIRS, RAGGED), ids=("pairs", "ragged"))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_equal_to_one_at_a_time(architecture, shapes, checkpoints):
+    """Every token's log-prob, the sums, the lengths, and gradients by every parameter."""
+    rows = random_rows(shapes)
+    policy = load(checkpoints(architecture))
+    truth = reference_model(checkpoints(architecture), torch.float64)
+    with all_float64():
+        expected = plain(truth, rows)
+        by_token = common.response_token_logps(policy, collated(rows))
+        sums, lengths = common.response_logps(policy, collated(rows))
+        many, longest = max(k for _, k in expected) + 1, max(map(len, expected.values()))
+        assert by_token.shape == (len(rows), many, longest)
+        assert sums.shape == lengths.shape == (len(rows), many)
+        weights = torch.linspace(-1.0, 2.0, many * len(rows)).double().view(len(rows), many)
+        total = torch.zeros(())
+        for b in range(len(rows)):
+            for k in range(many):
+                there = expected.get((b, k), torch.zeros(0))  # what is absent counts as empty
+                n = len(there)
+                torch.testing.assert_close(
+                    by_token[b, k, :n], there.to(by_token), rtol=0, atol=1e-9
+                )
+                assert not by_token[b, k, n:].any()
+                assert sums[b, k].item() == pytest.approx(there.sum().item(), abs=1e-9)
+                assert lengths[b, k] == n
+                total = total + weights[b, k] * there.sum()
+        (weights * sums).sum().backward()  # another weight for every response
+        total.backward()
+    ours, theirs = gradients(policy), gradients(truth)
+    assert ours.keys() == theirs.keys() == dict(policy.named_parameters()).keys()
+    for name in theirs:
+        assert theirs[name].any(), name
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_low_precision_is_no_worse_than_plain(architecture, dtype, checkpoints):
+    """Against float64 truth, the error is that of a plain forward pass in the same precision.
+
+    Root mean squares over some hundred tokens; a factor of 1.5 for how rounding happens to fall.
+    """
+    rows = random_rows(PAIRS * 4)
+    policy = load(checkpoints(architecture), dtype)
+    low = reference_model(checkpoints(architecture), torch.float32)
+    with torch.no_grad():
+        with all_float64():
+            truth = plain(reference_model(checkpoints(architecture), torch.float64), rows)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            naive = plain(low, rows)
+        logps = common.response_token_logps(policy, collated(rows))
+    assert logps.dtype == torch.float32
+    ours = {(b, k): logps[b, k, : len(y)] for (b, k), y in truth.items()}
+
+    def error(found: dict) -> float:
+        differences = torch.cat([found[key].double() - truth[key] for key in truth])
+        return differences.square().mean().sqrt().item()
+
+    assert 0 < error(ours) <= 1.5 * error(naive)
+
+
+@pytest.mark.parametrize("dtype", ("float64", "float32", "bfloat16"))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_padding_beyond_a_window_leaves_gradients_finite(architecture, dtype, checkpoints):
+    """A padding position whose whole window is padding has nothing to attend to. Its NaN would not
+    be seen in a log-prob, only in the gradient.
+    """
+    rows = random_rows(((3, (2, 60)),))
+    policy = load(checkpoints(architecture), dtype)
+    sums, _ = common.response_logps(policy, collated(rows))
+    sums.sum().backward()
+    assert sums.isfinite().all()
+    for name, gradient in gradients(policy).items():
+        assert gradient.isfinite().all(), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batch_mates_and_padding_change_nothing(architecture, checkpoints):
+    rows = random_rows(RAGGED)
+    policy = load(checkpoints(architecture))
+    with torch.no_grad(), all_float64():
+        alone = [common.response_token_logps(policy, collated(rows, [b])) for b in range(4)]
+        for order in ([0, 1, 2, 3], [3, 1, 0], [2, 0], [0, 0]):
+            together = common.response_token_logps(policy, collated(rows, order))
+            for place, b in enumerate(order):
+                _, many, longest = alone[b].shape
+                found = together[place, :many, :longest]
+                torch.testing.assert_close(found, alone[b][0], rtol=0, atol=1e-9)
+        # What stands in the padding is never looked at.
+        micro = collated(rows)
+        expected, _ = common.response_logps(policy, micro)
+        padding = torch.ones_like(micro.input_ids, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            for k, response in enumerate(row.responses):
+                padding[b * micro.shape[1] + k, : len(row.prompt) + len(response)] = False
+        assert padding.any()
+        noise = torch.randint_like(micro.input_ids, 3, VOCABULARY)
+        micro.input_ids = torch.where(padding, noise, micro.input_ids)
+        found, _ = common.response_logps(policy, micro)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_which_tokens_count(checkpoints):
+    """The prompt is read and not counted; EOS is counted like any other token."""
+    policy = load(checkpoints("llama"))
+    row = random_rows(((6, (5, 3)),))[0]
+    with torch.no_grad(), all_float64():
+        sums, lengths = common.response_logps(policy, collated([row]))
+        # The chain rule: a response whose first tokens are moved to the prompt loses their part.
+        begin, rest = row.responses[0][:2], row.responses[0][2:]
+        moved = common.Row(np.concatenate([row.prompt, begin]), [rest, rest], row.ask)
+        part, part_lengths = common.response_logps(policy, collated([moved]))
+        first = plain_token_logps(policy, row.prompt, row.responses[0])[:2].sum()
+        assert sums[0, 0].item() == pytest.approx((part[0, 0] + first).item(), abs=1e-9)
+        assert lengths.tolist() == [[5, 3]] and part_lengths.tolist() == [[3, 3]]
+        # Without its EOS a response is more likely, by exactly EOS's log-prob.
+        short = common.Row(row.prompt, [row.responses[0][:-1]], row.ask)
+        without, _ = common.response_logps(policy, collated([short]))
+        end = plain_token_logps(policy, row.prompt, row.responses[0])[-1]
+        assert sums[0, 0].item() == pytest.approx((without[0, 0] + end).item(), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "architecture, change",
+    [
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"final_logit_softcapping": None}),
+        ("gemma2", {"sliding_window": 64}),
+        ("mistral", {"sliding_window": 64}),
+    ],
+)
+def test_windows_and_softcaps_are_felt(architecture, change, checkpoints):
+    """The tests above would see a softcap or a window that was left out."""
+    rows = random_rows(((30, (12,)),))
+    policy = load(checkpoints(architecture))
+    without = reference_model(checkpoints(architecture), torch.float64, **change)
+    with torch.no_grad():
+        found = common.response_token_logps(policy, collated(rows))[0, 0]
+        other = plain(without, rows)[0, 0]
+    assert (found - other).abs().max() > 1e-5
+
+
+# -- the last layer, by hand
+
+HIDDEN = ((0.5, -1.0, 2.0), (0.0, 3.0, -0.25))
+WEIGHT = ((1.0, 0.0, 0.5), (-0.5, 2.0, 0.0), (0.25, -0.75, 1.5), (0.0, 0.0, -1.0))
+BIAS = (0.1, -0.2, 0.3, 0.4)
+TARGETS = (2, 1)
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.7))
+@pytest.mark.parametrize("scale", (1.0, 0.0625))
+@pytest.mark.parametrize("softcap", (None, 1.5))
+@pytest.mark.parametrize("bias", (None, BIAS))
+def test_token_logps_by_hand(bias, softcap, scale, temperature):
+    """Scale, then softcap, then temperature, as the models themselves do; in plain floats."""
+    tensor = lambda x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
+    head = common.Head(tensor(WEIGHT), None if bias is None else tensor(bias), softcap, scale)
+    found = common.token_logps(tensor(HIDDEN), head, torch.tensor(TARGETS), temperature)
+    for h, target, logp in zip(HIDDEN, TARGETS, found.tolist(), strict=True):
+        logits = []
+        for w, b in zip(WEIGHT, bias or (0.0,) * 4, strict=True):
+            x = (sum(p * q for p, q in zip(h, w, strict=True)) + b) * scale
+            x = softcap * math.tanh(x / softcap) if softcap else x
+            logits.append(x / temperature)
+        expected = logits[target] - math.log(sum(map(math.exp, logits)))
+        assert logp == pytest.approx(expected, rel=1e-12)
+
+
+def test_token_logps_are_fp32_whatever_goes_in():
+    """A bf16 log-softmax has two to three digits, less than a preference is worth."""
+    hidden, weight = torch.randn(6, 8).bfloat16(), torch.randn(50, 8).bfloat16()
+    targets = torch.arange(6)
+    logps = common.token_logps(hidden, common.Head(weight, None, None, 1.0), targets)
+    assert logps.dtype == torch.float32
+    logits = F.linear(hidden, weight).double()  # bf16 as the product gives it, exact from there on
+    expected = logits.log_softmax(-1)[range(6), targets]
+    # One rounding for each of 50 exponentials and sums, relative to values of about 10.
+    assert (logps - expected).abs().max() < 50 * 10 * torch.finfo(torch.float32).eps
+
+
+# -- a head that does something unknown
+
+
+def _softcapped(logits):
+    return 5 * torch.tanh(logits / 5)
+
+
+@pytest.mark.parametrize(
+    "more", (_softcapped, lambda x: x * 1.1, lambda x: x + torch.linspace(0, 0.1, x.shape[-1]))
+)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_an_unknown_head_is_refused(more, dtype, checkpoints, monkeypatch):
+    """A model that does more to its logits than its config says in a way we know."""
+    forward = transformers.LlamaForCausalLM.forward
+
+    def changed(self, *args, **kwargs):
+        out = forward(self, *args, **kwargs)
+        out.logits = more(out.logits)
+        return out
+
+    load(checkpoints("llama"), dtype)
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", changed)
+    with pytest.raises(common.UserError, match="LlamaForCausalLM"):
+        load(checkpoints("llama"), dtype)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_a_softcap_under_another_name_is_refused(dtype, checkpoints, monkeypatch):
+    """As if Gemma 2's config called it something else."""
+    head_of = common.head_of
+    monkeypatch.setattr(common, "head_of", lambda policy: replace(head_of(policy), softcap=None))
+    with pytest.raises(common.UserError, match="Gemma2ForCausalLM"):
+        load(checkpoints("gemma2"), dtype)
