@@ -123,6 +123,8 @@ def fill_in(args: Any, settings: dict[str, dict]) -> tuple[dict[str, str], dict]
     row, origin, taken = settings[published], {}, []
     for f in dataclasses.fields(args):
         value = getattr(args, f.name)
+        if f.name == "max_steps" and args.epochs and origin["epochs"] == "command line":
+            row = {key: x for key, x in row.items() if key != "max_steps"}  # epochs were asked for
         if value is None and f.name in row:
             setattr(args, f.name, row[f.name])
             taken.append(f"{f.name} {row[f.name]}")
@@ -144,7 +146,7 @@ def check_shared(args: Any) -> None:
         value, least = getattr(args, name), int(name in positive)
         if value is not None and value < least:
             raise UserError(f"{flag(name)} must be {least} or more, got {value}")
-    if not args.max_steps and not 0 < args.epochs < float("inf"):
+    if not args.max_steps and not (args.epochs and 0 < args.epochs < float("inf")):
         raise UserError(f"--epochs must be positive, got {args.epochs}")
     if args.lr is None or not 0 < args.lr < float("inf"):  # nan is neither
         raise UserError(f"--lr must be positive, got {args.lr}")

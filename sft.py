@@ -30,19 +30,27 @@ from torch import Tensor
 
 import common
 
-# What a flag that was left out becomes, by model, and where the numbers are from. A model without a row takes the first
-# one after `tiny`, and the run says so.
+# What a flag that was left out becomes, by model, and where the numbers are from (micro-batches are
+# ours). A model without a row takes the first one after `tiny`, and the run says so.
+THESIS = {  # 32 of "1 a device, 16 to 32 times"
+    "train_on_prompt": False, "lr": 1e-5, "batch_size": 32, "micro_batch_size": 4, "epochs": 1.0,
+    "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "adamw", "max_grad_norm": 1.0,
+    "max_length": 2048, "max_prompt_length": 1024, "dataset": "trl-lib/tldr",
+    "source": "the MSc thesis at github.com/martimfasantos/MSc-Thesis",
+}  # fmt: skip
 SETTINGS = {
     "tiny": {
-        "train_on_prompt": True, "lr": 2e-3, "batch_size": 16, "micro_batch_size": 16, "epochs": 3.0, "max_steps": None,
-        "schedule": "cosine", "warmup_ratio": 0.02, "optimizer": "adamw", "max_length": 320, "max_prompt_length": 240,
-        "dataset": "family", "source": "tuned here",
+        "train_on_prompt": True, "lr": 2e-3, "batch_size": 16, "micro_batch_size": 16, "epochs": 3.0,
+        "schedule": "cosine", "warmup_ratio": 0.02, "optimizer": "adamw", "max_grad_norm": 1.0,
+        "max_length": 320, "max_prompt_length": 240, "dataset": "family", "source": "tuned here",
     },
     "pythia-1b": {
-        "train_on_prompt": True, "lr": 3e-6, "batch_size": 128, "micro_batch_size": 8, "epochs": 1.0, "max_steps": None,
-        "schedule": "cosine", "warmup_ratio": 0.0, "optimizer": "adamw", "max_length": 565, "max_prompt_length": 512,
-        "dataset": "trl-lib/tldr", "source": "Huang et al. 2024, arXiv 2403.17031",
+        "train_on_prompt": True, "lr": 3e-6, "batch_size": 128, "micro_batch_size": 8, "epochs": 1.0,
+        "schedule": "cosine", "warmup_ratio": 0.0, "optimizer": "adamw", "max_grad_norm": 1.0,
+        "max_length": 565, "max_prompt_length": 512, "dataset": "trl-lib/tldr",
+        "source": "Huang et al. 2024, arXiv 2403.17031",
     },
+    "gemma-2-2b": THESIS, "tinyllama": THESIS, "eurollm-1.7b": THESIS,
 }  # fmt: skip
 
 
@@ -68,7 +76,7 @@ class Args:
     warmup_ratio: float | None = None  # share of the steps in which the learning rate rises from 0; default: SETTINGS
     optimizer: Literal["adamw", "rmsprop"] | None = None  # default: SETTINGS
     weight_decay: float = 0.0  # on matrices only
-    max_grad_norm: float = 1.0  # gradients are scaled down to this norm; 0: never
+    max_grad_norm: float | None = None  # gradients are scaled down to this norm; 0: never; default: SETTINGS
     dtype: Literal["bfloat16", "float32", "float64"] | None = None  # to compute in; default: bfloat16 on GPUs that have it, else float32
     # The run
     output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults

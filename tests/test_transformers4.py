@@ -24,6 +24,7 @@ TEXTS = [
     "  two spaces,\ttab\r\nline , and . stop 's",
     "é 中文 \U0001f469\u200d\U0001f467 e\u0301",
     "</s><|endoftext|> <|im_end|>\n",
+    "<start_of_turn>user\nthe cat<end_of_turn>\n",
     "",
 ]
 DIALOGUE = [
@@ -97,8 +98,8 @@ from conftest import ARCHITECTURES, ROOT, make_tokenizer, pair_rows, write_jsonl
 
 pytestmark = pytest.mark.slow
 OLD = ("transformers==4.57.*", "tokenizers>=0.22,<0.23", "huggingface_hub>=0.34,<1")
-# Configs whose rope version 5 writes under other names, besides those of the other tests.
-MORE = ("llama-scaled", "family", "gemma3", "qwen3", "phi")
+# What version 5 writes under other names, besides the architectures of the other tests.
+MORE = ("llama-scaled", "llama-turns", "family", "gemma3", "qwen3", "phi", "phi3")
 
 
 def make_more(name: str, folder: Path) -> Path:
@@ -120,6 +121,7 @@ def make_more(name: str, folder: Path) -> Path:
         "initializer_range": 0.1,
         "max_position_embeddings": 128,
     }
+    rope = {"rope_type": "default", "rope_theta": 50_000.0}
     if name == "family":
         model = family.untrained_model()
     elif name == "llama-scaled":  # as Llama 3.1 and later
@@ -138,12 +140,24 @@ def make_more(name: str, folder: Path) -> Path:
             layer_types=["sliding_attention", "full_attention"], **shared,
         )  # fmt: skip
         model = hf.Gemma3ForCausalLM(config)
+    elif name == "llama-turns":  # special tokens that have no role, as in most chat models
+        turns = ["<start_of_turn>", "<end_of_turn>"]
+        tokenizer.add_special_tokens({"extra_special_tokens": turns})
+        model = hf.LlamaForCausalLM(hf.LlamaConfig(rope_parameters=rope, **shared))
     elif name == "qwen3":
-        rope = {"rope_type": "default", "rope_theta": 50_000.0}
         model = hf.Qwen3ForCausalLM(hf.Qwen3Config(head_dim=8, rope_parameters=rope, **shared))
-    else:  # turns only a part of each head
-        rope = {"rope_type": "default", "rope_theta": 50_000.0, "partial_rotary_factor": 0.25}
+    elif name == "phi":  # turns only a part of each head
+        rope |= {"partial_rotary_factor": 0.25}
         model = hf.PhiForCausalLM(hf.PhiConfig(rope_parameters=rope, **shared))
+    elif name == "phi3":  # for texts longer than 64 tokens other factors
+        rope |= {
+            "rope_type": "longrope", "original_max_position_embeddings": 64,
+            "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [2.0, 3.0, 4.0, 5.0],
+        }  # fmt: skip
+        config = hf.Phi3Config(original_max_position_embeddings=64, rope_parameters=rope, **shared)
+        model = hf.Phi3ForCausalLM(config)
+    else:
+        raise AssertionError(name)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
