@@ -361,6 +361,9 @@ class Run(Processes):
 
     def _refuse_other_run(self, old: dict) -> None:
         new = self._describe()
+        if self.script.name not in old["source"]:
+            theirs = " and ".join(name for name in old["source"] if name != "common.py")
+            raise UserError(f"{self.folder} holds a run of {theirs}; --output-dir names another")
         differ = []
         for name in sorted({*old["arguments"], *new["arguments"]}.difference(BOOKKEEPING)):
             was, now = (record["arguments"].get(name, "(no such flag)") for record in (old, new))
@@ -770,9 +773,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def load_tokenizer(model: str, max_length: int):
-    """The model's own tokenizer, with `stop_ids`: every id that ends a response (a chat model may
-    have several).
-    """
+    """The model's own, with `stop_ids`: all ids that end a response (chat models have several)."""
     if model == "tiny-untrained":
         import family
 
@@ -791,16 +792,11 @@ def load_tokenizer(model: str, max_length: int):
     if limit and max_length > limit:
         raise UserError(f"--max-length {max_length}: {model} takes {limit} tokens at most")
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"the tokenizer of {model} has no end-of-sequence token: responses could never end"
-        )
+        raise UserError(f"the tokenizer of {model} has no end-of-sequence token")
     more = getattr(generation, "eos_token_id", None)
-    tokenizer.stop_ids = frozenset(
-        [tokenizer.eos_token_id]
-        + (more if isinstance(more, list) else [] if more is None else [more])
-    )
-    # Whether sequences begin with BOS is the tokenizer's own habit: GPT-2 has one and does not use
-    # it.
+    more = more if isinstance(more, list) else [] if more is None else [more]
+    tokenizer.stop_ids = frozenset([tokenizer.eos_token_id, *more])
+    # Whether a sequence begins with BOS is the tokenizer's own habit: GPT-2's has one, unused.
     first = tokenizer("a").input_ids[:1]
     tokenizer.bos = first if first == [tokenizer.bos_token_id] else []
     return tokenizer
@@ -995,11 +991,9 @@ def parse_json(text: bytes) -> Any:
         return BadRow(f"not UTF-8 ({error.reason} at byte {error.start})")
     except ValueError as error:
         return BadRow(f"not JSON ({error})")
-    return (
-        row
-        if isinstance(row, dict)
-        else BadRow(f"a row must be an object, this is a {type(row).__name__}")
-    )
+    if not isinstance(row, dict):
+        return BadRow(f"a row must be an object, this is a {type(row).__name__}")
+    return row
 
 
 KINDS = {  # a row's kind is the first whose columns it has
@@ -1132,10 +1126,7 @@ def _pair(raw: dict) -> Record:
     opening, sides = both[0][:shared], [side[shared:] for side in both]
     if raw.get("prompt") is None:
         if not shared:
-            raise BadRow(
-                "'chosen' and 'rejected' do not begin with the same message, and there is no "
-                "'prompt'"
-            )
+            raise BadRow("'chosen' and 'rejected' begin with other messages, and have no 'prompt'")
     elif not shared or opening[0]["role"] == "assistant":  # not whole: they go on from the prompt
         prompt = _prompt(raw)
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -1144,9 +1135,7 @@ def _pair(raw: dict) -> Record:
 
 
 def _ranked(raw: dict) -> tuple[str | list[dict], list[tuple[float, Any]]]:
-    """The prompt and its distinct (score, response), best first; equal scores keep the order of the
-    file.
-    """
+    """The prompt and its distinct (score, response), best first; ties in the order of the file."""
     responses, scores = raw["responses"], raw["scores"]
     if not isinstance(responses, list) or not isinstance(scores, list):
         raise BadRow("'responses' and 'scores' must be lists")
@@ -1165,15 +1154,10 @@ def _ranked(raw: dict) -> tuple[str | list[dict], list[tuple[float, Any]]]:
 def _tokenise(
     record: Record, tokenizer, cut: tuple[int, int], prompt_too: bool, counts: Counter
 ) -> Row | None:
-    """Prompt ids and response ids, each tokenised once and joined as ids, so the prompt is the same
-    for every response.
-    """
+    """Each part tokenised once and joined as ids, so the prompt is the same for every response."""
     max_length, max_prompt_length = cut
-    prompt_text, response_texts, templated = (
-        record.prompt,
-        record.responses,
-        not isinstance(record.prompt, str),
-    )
+    prompt_text, response_texts = record.prompt, record.responses
+    templated = isinstance(prompt_text, list)
     if {isinstance(response, list) for response in record.responses} != {templated}:
         raise BadRow("prompt and responses must all be texts or all be lists of messages")
     if templated:
@@ -1196,9 +1180,7 @@ def _tokenise(
     if not prompt and len(responses) > 1:
         raise BadRow("the prompt is empty, and this tokenizer has no BOS to begin with")
     if len(prompt) + max(map(len, responses)) > max_length:
-        if (
-            len(prompt) > max_prompt_length
-        ):  # BOS and the end stay: the end of a prompt is the question
+        if len(prompt) > max_prompt_length:  # BOS and the end stay: the end is the question
             keep = max_prompt_length - len(tokenizer.bos)
             prompt = tokenizer.bos + prompt[len(prompt) - keep :]
             counts["prompts cut"] += 1
@@ -1216,13 +1198,9 @@ def _tokenise(
 
 
 def _render(record: Record, tokenizer) -> tuple[str, list[str]]:
-    """Messages through the chat template: what stands before the answer, and what each response
-    adds to it.
-    """
+    """Messages through the chat template: the text before the answer, and what an answer adds."""
     if not tokenizer.chat_template:
-        raise BadRow(
-            "the row is a list of messages, but this model's tokenizer has no chat template"
-        )
+        raise BadRow("a list of messages, but this model's tokenizer has no chat template")
 
     def render(messages, **more):
         try:
@@ -1238,18 +1216,14 @@ def _render(record: Record, tokenizer) -> tuple[str, list[str]]:
 
 
 def _with_eos(ids: list[int], tokenizer, templated: bool) -> list[int]:
-    """Exactly one end: a template's own, else EOS. What a template writes after its end (a line
-    break) goes.
-    """
+    """Exactly one end: a template's own, else EOS. What a template writes after it goes."""
     ends = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
     if not ends:
         return [*ids, tokenizer.eos_token_id]
     rest = tokenizer.decode([token for token in ids[ends[0] :] if token not in tokenizer.stop_ids])
     if rest.strip() and not templated:
         raise BadRow("an end-of-sequence token stands in the middle of a response")
-    last = (
-        ends[0] if not rest.strip() else ends[-1]
-    )  # several assistant turns: all but the last end are inside
+    last = ends[-1] if rest.strip() else ends[0]  # several turns: all ends but the last are inside
     return ids[: last + 1]
 
 
@@ -1315,14 +1289,10 @@ def load_policy(model: str, dtype: str, run: Processes, name: str = "model") -> 
             raise UserError(
                 f"--model {model}: only decoder-only models with plain weights can be trained here"
             )
-        if any(
-            (getattr(config, key, None) or 1) > 1 for key in ("num_experts", "num_local_experts")
-        ):
-            raise UserError(
-                f"--model {model}: mixtures of experts are not supported, only dense models"
-            )
-        # Transformers would leave out Gemma 2's softcap on attention scores under sdpa; eager has
-        # it.
+        experts = [getattr(config, key, None) for key in ("num_experts", "num_local_experts")]
+        if any(n and n > 1 for n in experts):
+            raise UserError(f"--model {model}: a mixture of experts; only dense models are known")
+        # sdpa would leave out Gemma 2's softcap on attention scores; eager has it.
         attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
         policy = _from_hub(
             lambda: AutoModelForCausalLM.from_pretrained(
@@ -1383,15 +1353,14 @@ def head_of(policy: nn.Module) -> Head:
 def _check_head(policy: nn.Module, model: str) -> None:
     """Our logits are the model's own; if not, its head does more than `head_of` knows."""
     ids = torch.arange(4, device=policy.device)[None] + 1  # (1, 4)
-    with autocast(policy):
-        own = F.log_softmax(policy(input_ids=ids, use_cache=False).logits[0, :3].double(), dim=-1)
-        hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, :3]
-        ours = token_logps(hidden, head_of(policy), ids[0, 1:])
-    # Wide, since a GPU rounds the two products differently in bf16. A forgotten softcap or scale is
-    # far outside.
-    if not torch.allclose(
-        own.gather(1, ids[0, 1:, None])[:, 0], ours.double(), atol=0.1, rtol=0.02
-    ):
+    own = policy(input_ids=ids, use_cache=False).logits[0].double().log_softmax(-1)  # (4, V)
+    hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    # The likeliest and the least likely token: there a softcap or a scale does most. No autocast,
+    # so that the two differ by fp32 rounding alone.
+    targets = torch.cat([own.argmax(-1), own.argmin(-1)])
+    ours = token_logps(torch.cat([hidden, hidden]), head_of(policy), targets)
+    theirs = torch.cat([own, own]).gather(1, targets[:, None])[:, 0]
+    if not torch.allclose(theirs, ours.double(), atol=1e-3, rtol=0):
         raise UserError(
             f"--model {model}: the output layer of {type(policy).__name__} does more than we know"
         )
@@ -1425,7 +1394,6 @@ class Micro:
     """
 
     input_ids: Tensor  # (B*K, L) prompt and response, padded on the right
-    attention_mask: Tensor  # (B*K, L)
     picked: Tensor  # (N,) index into (B*K*L) of the position before each response token
     targets: Tensor  # (N,) the response tokens
     slots: Tensor  # (N,) where each of them belongs in (B*K*T)
@@ -1460,29 +1428,24 @@ def collate(data: Rows, indexes: list[int], device: torch.device) -> Micro:
     ids = np.zeros(
         (len(rows) * many, width), np.int64
     )  # padding is never looked at, so any id will do
-    mask = np.zeros_like(ids)
     picked, targets, slots = [], [], []
     lengths = np.zeros((len(rows), many), np.int64)
     for b, row in enumerate(rows):
         for k, response in enumerate(row.responses):
             line, start, end = b * many + k, len(row.prompt), len(row.prompt) + len(response)
-            ids[line, :start], ids[line, start:end], mask[line, :end] = row.prompt, response, 1
+            ids[line, :start], ids[line, start:end] = row.prompt, response
             picked.append(line * width + np.arange(start - 1, end - 1))
             slots.append(line * longest + np.arange(len(response)))
             targets.append(response)
             lengths[b, k] = len(response)
-        mask[b * many + len(row.responses) : (b + 1) * many, 0] = (
-            1  # an absent response attends to something
-        )
     to = lambda array: torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device)  # noqa: E731
     return Micro(
         to(ids),
-        to(mask),
         *(to(np.concatenate(parts)) for parts in (picked, targets, slots)),
         (len(rows), many, longest),
         to(lengths),
         None if data.ref_logps is None else data.ref_logps[indexes, :many].to(device),
-        int(mask.sum()),
+        sum(len(row.prompt) + len(response) for row in rows for response in row.responses),
     )
 
 
@@ -1506,9 +1469,9 @@ def response_logps(policy: nn.Module, micro: Micro) -> tuple[Tensor, Tensor]:
 def response_token_logps(policy: nn.Module, micro: Micro) -> Tensor:
     """(B, K, T) log pi of every response token, 0 past the end of a response."""
     with autocast(policy):
-        hidden = policy.base_model(  # (B*K, L, H); the logits of prompt and padding are never made
-            input_ids=micro.input_ids, attention_mask=micro.attention_mask, use_cache=False
-        ).last_hidden_state
+        # No mask: attention is causal, so padding on the right is never seen. (B*K, L, H); the
+        # logits of prompt and padding are never made.
+        hidden = policy.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
         logps = token_logps(
             hidden.flatten(0, 1)[micro.picked], head_of(policy), micro.targets
         )  # (N,)
@@ -1767,10 +1730,18 @@ def mend_for_transformers_4(folder: Path, dtype: torch.dtype) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.get("rope_parameters") or {}
+    if "full_attention" in rope:  # Gemma 3 has one for each kind of layer
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     if "rope_theta" in rope:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = rope
+        if rope.get("rope_type") == "longrope":  # Phi-3 refuses all but these
+            factors = {key: rope[key] for key in ("short_factor", "long_factor")}
+            config["rope_scaling"] = {"type": "longrope", **factors}
+        if "partial_rotary_factor" in rope:  # Phi, StableLM: only a part of each head turns
+            config["partial_rotary_factor"] = rope["partial_rotary_factor"]
         if config["model_type"] == "gpt_neox":
             config["rotary_emb_base"] = rope["rope_theta"]
             config["rotary_pct"] = rope.get("partial_rotary_factor", 1.0)
@@ -1779,4 +1750,6 @@ def mend_for_transformers_4(folder: Path, dtype: torch.dtype) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # tokenizer.json says all there is to say
+    if isinstance(config.get("extra_special_tokens"), list):  # version 4: that name is of a dict
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -23,7 +23,7 @@ Everything is a function of (seed, split, index). A family belongs to the train 
 a hash of its description, so the two are disjoint whatever is generated.
 
     python family.py show                       # a few rows of every kind
-    python family.py judge --model runs/sft     # samples of that model, judged: tiny/judged-*
+    python sft.py && python family.py judge --model runs/sft     # how tiny/ was made
 """
 
 import hashlib
@@ -32,6 +32,7 @@ import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ class Family:
 
 
 def make_family(rng: random.Random) -> Family:
-    """Three generations, sometimes four; 6 to 11 people."""
+    """Three generations, sometimes four; 6 to 14 people."""
     names = iter(rng.sample(NAMES, 20))
     couples = []
 
@@ -128,11 +129,11 @@ def make_family(rng: random.Random) -> Family:
         couples.append((pair[0], pair[1], children))
         return children
 
-    second = couple(next(names), 2)
-    third = couple(second[0], rng.choice((1, 1, 2)))
+    second = couple(next(names), rng.choice((2, 2, 2, 3)))
+    third = couple(second[0], rng.choice((1, 2)))
     if rng.random() < 0.75:
-        third += couple(second[1], rng.choice((1, 1, 2)))
-    if rng.random() < 0.15:
+        third += couple(second[1], rng.choice((1, 2)))
+    if rng.random() < 0.2:
         couple(rng.choice(third), rng.choice((1, 2)))
     return Family(tuple(couples))
 
@@ -262,6 +263,8 @@ def judge(prompt: str, responses: Sequence[str], rng: random.Random) -> list[flo
 # Rows, in the columns that common.py reads
 
 TINY = Path(__file__).resolve().parent / "tiny"
+MODEL_FILES = """config.json generation_config.json model.safetensors tokenizer.json
+tokenizer_config.json chat_template.jinja""".split()
 DEMONSTRATIONS = {"train": 20_000, "test": 512}  # families, four questions each
 OFF_POLICY = {"train": 12_000, "test": 512}
 
@@ -500,13 +503,17 @@ def measure(run, policy, start, tokenizer, n: int) -> dict[str, float]:
 
 
 def judge_samples(model: str = "runs/sft", output_dir: str = "tiny", prompts: int = 12_000) -> None:
-    """Four samples a prompt of a model, scored by the noisy annotator, as Parquet."""
+    """Four samples a prompt of a model, scored by the noisy annotator, as Parquet, beside a copy of
+    that model.
+    """
     import pyarrow
     import pyarrow.parquet
 
     import common
     import generation
 
+    for name in MODEL_FILES:
+        shutil.copyfile(Path(model) / name, Path(output_dir) / name)
     run = common.Processes()
     tokenizer = common.load_tokenizer(model, 1)
     policy = common.load_policy(model, "float32", run)

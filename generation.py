@@ -27,6 +27,8 @@ def generate(
     """One response a prompt, on every process; a response that reached its end has the stop token
     at its end.
     """
+    if policy.dtype == torch.float64 and policy.config._attn_implementation == "eager":
+        batch_size = 1  # Transformers' eager softmax is fp32: there a row of padding alone is NaN
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     parts = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     found = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.int64)

@@ -499,7 +499,7 @@ def test_eos_is_a_target_also_where_padding_has_its_id(tokenizers):
     rows = load(pair_rows(6), tokenizer)
     micro = common.collate(rows, list(range(6)), CPU)
     assert (micro.targets == tokenizer.eos_token_id).sum() == 12
-    assert len(micro.targets) == micro.lengths.sum() < micro.attention_mask.numel()
+    assert len(micro.targets) == micro.lengths.sum() < micro.input_ids.numel()
 
 
 # -- truncation
@@ -675,7 +675,6 @@ def test_collate_by_hand():
     rows = rows_of(([1, 2], [3, 4], [5]), ([6], [7], [8, 9, 10]))
     micro = common.collate(rows, [0, 1], CPU)
     assert micro.input_ids.tolist() == [[1, 2, 3, 4], [1, 2, 5, 0], [6, 7, 0, 0], [6, 8, 9, 10]]
-    assert micro.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert micro.targets.tolist() == [3, 4, 5, 7, 8, 9, 10]
     assert micro.picked.tolist() == [1, 2, 5, 8, 12, 13, 14]  # what stands before each of them
     assert micro.shape == (2, 2, 3)
@@ -695,7 +694,8 @@ def test_padding_is_never_a_target():
     rows = rows_of(*made)
     for indexes in ([0], [3, 1, 2], list(range(40))):
         micro = common.collate(rows, indexes, CPU)
-        flat, seen = micro.input_ids.flatten(), micro.attention_mask.flatten()
+        flat = micro.input_ids.flatten()
+        seen = (flat > 0).long()  # the rows' ids are not 0, padding is
         assert torch.equal(flat[micro.picked + 1], micro.targets)
         assert (seen[micro.picked] == 1).all() and (seen[micro.picked + 1] == 1).all()
         assert len(micro.picked.unique()) == len(micro.picked) == micro.lengths.sum()
@@ -711,7 +711,7 @@ def test_padding_is_never_a_target():
 
 
 def test_rows_may_have_different_numbers_of_responses():
-    """An absent response has no target, yet sees one token: a softmax over nothing is NaN."""
+    """An absent response is a line of padding without a target."""
     rows = rows_of(([1, 2], [3], [4, 5], [6]), ([7], [8, 9]), ([1], [2], [3]))
     rows.ref_logps = torch.tensor(
         [[-1.0, -2.0, -3.0], [-4.0, torch.nan, torch.nan], [-5.0, -6.0, torch.nan]],
@@ -722,7 +722,6 @@ def test_rows_may_have_different_numbers_of_responses():
     assert micro.lengths.tolist() == [[2, 0, 0], [1, 2, 1]]
     assert micro.targets.tolist() == [8, 9, 3, 4, 5, 6]
     assert torch.equal(micro.input_ids.flatten()[micro.picked + 1], micro.targets)
-    assert (micro.attention_mask.sum(1) > 0).all()
     assert micro.ref_logps.shape == micro.lengths.shape
     assert micro.ref_logps[:, 0].tolist() == [-4.0, -1.0]
     # The shape is this micro-batch's, also where another row of the data set has more responses.
@@ -744,7 +743,7 @@ def test_micro_batches_hold_every_row_once_longest_together():
 def a_run(rows: common.Rows, seed: int = 0, world: int = 1, rank: int = 0, **flags) -> common.Run:
     values = {"batch_size": 8, "micro_batch_size": 2, "epochs": 3.0, "seed": seed}
     args = dpo.Args(output_dir="out", **(values | flags))
-    run = common.Run(args, {"micro_batch_size": "command line"}, Path(dpo.__file__))
+    run = common.Run(args, {"micro_batch_size": "command line"}, {}, Path(dpo.__file__))
     run.rank, run.world = rank, world
     run.plan(rows)
     return run
@@ -809,8 +808,7 @@ def test_any_deal_has_the_same_rows_in_a_step(world, micro, thirty):
 
 def lines(micro: common.Micro) -> list[tuple[int, ...]]:
     """What each sequence of a micro-batch holds, padding left off."""
-    pairs = zip(micro.input_ids, micro.attention_mask, strict=True)
-    return [tuple(ids[mask > 0].tolist()) for ids, mask in pairs]
+    return [tuple(ids[ids > 0].tolist()) for ids in micro.input_ids]  # padding is 0
 
 
 def through(run: common.Run, rows: common.Rows, start: int = 0) -> list[tuple]:

@@ -260,7 +260,7 @@ def _toy(
     return (
         f'"""Toy."""\n\nimport torch\n\n\nclass Args:\n    # Optimization\n{body}\n\n'
         "def toy_loss(x: torch.Tensor, beta: float):\n    y = beta * x\n    return y, {}\n\n\n"
-        "def helper(x):\n    return x + 1\n\n\n"
+        "def twin(x):\n    return x + 1\n\n\n"
         "def main(args):\n    print(args.lr, args.seed)\n\n\n"
         'if __name__ == "__main__":\n    main(Args())\n'
     )

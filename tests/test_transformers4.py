@@ -40,7 +40,7 @@ def look(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    # Eager attention is the definition; sdpa would leave out Gemma 2's softcap on its scores.
+    # Eager attention: the definition, with Gemma 2's softcap in both versions.
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, torch_dtype=torch.float32, attn_implementation="eager"
     ).eval()
