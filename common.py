@@ -10,8 +10,8 @@ A row of data is always the same thing: a prompt and its K responses. A method i
 training works; `report.py` (curves, samples, the closing block), `generation.py`, `sources.py`
 (short names, hubs) and `family.py` are used where they are.
 
-Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.11-2.13 and transformers
-5.17-5.23.
+Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers
+5.23.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ quality or growing length with a loss near 0 is over-optimisation: raise beta, l
     python dpo.py                                                       # the embedded task, on a laptop
     torchrun --nproc_per_node=4 dpo.py --model gemma-2-2b               # after sft.py: --model runs/sft-...
 
-Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.11-2.13 and transformers 5.17-5.23.
+Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ THESIS = {  # 64 of "64 to 128"
 }  # fmt: skip
 SETTINGS = {
     "tiny": {
-        "beta": 0.5, "lr": 3e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
+        "beta": 0.3, "lr": 2e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
         "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
         "max_length": 160, "max_prompt_length": 128, "dataset": "family", "source": "tuned here",
     },
@@ -128,9 +128,7 @@ def dpo_loss(
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
-        "rewards/accuracies": (
-            margins > 0
-        ).float(),  # 0 before the first step, where all margins are 0
+        "rewards/accuracies": (margins > 0).float(),  # at the start, all margins are 0: so is this
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
     }
@@ -146,8 +144,8 @@ def main(args: Args) -> None:
     common.check_reference(args.ref_model, args.soup_weight)
     tokenizer = common.load_tokenizer(args.model, args.max_length)
     train, held_out = common.load_rows(
-        args.dataset, args.eval_dataset, "pair", tokenizer, args.max_length, args.max_prompt_length,
-        args.pairs, args.skip_bad_rows,
+        args.dataset, args.eval_dataset, "pair", tokenizer, args.max_length,
+        args.max_prompt_length, args.pairs, args.skip_bad_rows,
     )  # fmt: skip
     run.plan(train)
     policy = common.load_policy(args.model, args.dtype, run)
@@ -158,16 +156,12 @@ def main(args: Args) -> None:
     optimizer = common.make_optimizer(policy, args.optimizer, args.lr, args.weight_decay)
     run.restore(policy, optimizer)
 
-    def losses_of(
-        micro: common.Micro,
-    ) -> tuple[Tensor, dict[str, Tensor]]:  # for training and for evaluation
+    # For training and for evaluation.
+    def losses_of(micro: common.Micro) -> tuple[Tensor, dict[str, Tensor]]:
         logps, lengths = common.response_logps(policy, micro)  # (B, 2), (B, 2)
+        ref_logps = micro.ref_logps.to(logps.dtype)  # (B, 2)
         losses, metrics = dpo_loss(
-            *logps.unbind(1),
-            *micro.ref_logps.to(logps.dtype).unbind(1),
-            args.beta,
-            args.label_smoothing,
-            args.gamma,
+            *logps.unbind(1), *ref_logps.unbind(1), args.beta, args.label_smoothing, args.gamma
         )
         metrics |= {"length/chosen": lengths[:, 0], "length/rejected": lengths[:, 1]}
         return losses, metrics
@@ -177,11 +171,11 @@ def main(args: Args) -> None:
             run.evaluate(losses_of, held_out, policy, tokenizer)
         for micro in batch:
             losses, metrics = losses_of(micro)
-            (losses.sum() / batch.prompts).backward()  # the whole step's count, over all processes
+            # Divided by the whole step's count, over all processes.
+            (losses.sum() / batch.prompts).backward()
             run.add(metrics)
-        run.update(
-            policy, optimizer
-        )  # sums gradients over processes, clips, steps, logs, saves when due
+        # Sums gradients over processes, clips, steps, logs, saves when due.
+        run.update(policy, optimizer)
     run.evaluate(losses_of, held_out, policy, tokenizer)
     run.finish(policy, tokenizer)
 

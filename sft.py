@@ -20,7 +20,7 @@ Healthy: the loss falls fast, then slowly; held-out rows a little above; below 0
     python sft.py                                                       # makes `tiny` again from random weights
     torchrun --nproc_per_node=4 sft.py --model gemma-2-2b
 
-Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.11-2.13 and transformers 5.17-5.23.
+Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
 
 from dataclasses import dataclass
@@ -109,17 +109,16 @@ def main(args: Args) -> None:
     run = common.start(args, SETTINGS, __file__)
     tokenizer = common.load_tokenizer(args.model, args.max_length)
     train, held_out = common.load_rows(
-        args.dataset, args.eval_dataset, "demonstration", tokenizer, args.max_length, args.max_prompt_length,
-        skip_bad_rows=args.skip_bad_rows, prompt_too=args.train_on_prompt,
+        args.dataset, args.eval_dataset, "demonstration", tokenizer, args.max_length,
+        args.max_prompt_length, skip_bad_rows=args.skip_bad_rows, prompt_too=args.train_on_prompt,
     )  # fmt: skip
     run.plan(train)
     policy = common.load_policy(args.model, args.dtype, run)
     optimizer = common.make_optimizer(policy, args.optimizer, args.lr, args.weight_decay)
     run.restore(policy, optimizer)
 
-    def losses_of(
-        micro: common.Micro,
-    ) -> tuple[Tensor, dict[str, Tensor]]:  # for training and for evaluation
+    # For training and for evaluation.
+    def losses_of(micro: common.Micro) -> tuple[Tensor, dict[str, Tensor]]:
         logps, lengths = common.response_logps(policy, micro)  # (B, 1), (B, 1)
         return sft_loss(logps[:, 0], lengths[:, 0])
 
@@ -128,13 +127,11 @@ def main(args: Args) -> None:
             run.evaluate(losses_of, held_out, policy, tokenizer)
         for micro in batch:
             losses, metrics = losses_of(micro)
-            (
-                losses.sum() / batch.response_tokens
-            ).backward()  # the whole step's count, over all processes
+            # Divided by the whole step's count, over all processes.
+            (losses.sum() / batch.response_tokens).backward()
             run.add(metrics)
-        run.update(
-            policy, optimizer
-        )  # sums gradients over processes, clips, steps, logs, saves when due
+        # Sums gradients over processes, clips, steps, logs, saves when due.
+        run.update(policy, optimizer)
     run.evaluate(losses_of, held_out, policy, tokenizer)
     run.finish(policy, tokenizer)
 

@@ -503,3 +503,36 @@ def test_untrained_model(hf_tokenizer):
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == tuple(
         hf_tokenizer.convert_tokens_to_ids(list(SPECIAL))
     )
+
+
+# -- tiny/, which is committed
+
+
+def test_the_judged_samples_belong_to_the_questions_that_the_code_makes_today():
+    """If random numbers or texts drift, tiny/ no longer fits family.py, and says nothing itself."""
+    for split, n in (("train", 11_000), ("test", 500)):
+        rows = [row for _, row in family.rows("family", split, "ranked")]
+        assert len(rows) >= n
+        made = {family.prompt_of(*asked[:3]) for asked in itertools.islice(asks(split), 300)}
+        judged = {row["prompt"] for row in rows[:300]}
+        assert len(judged - made) <= 3  # a prompt with an empty sample is left out
+        for row in rows[:300]:
+            assert len(row["responses"]) == len(row["scores"]) == 4
+            assert all(response.strip() for response in row["responses"])
+
+
+def asks(split: str):
+    return family.questions(2, split)
+
+
+def test_the_committed_model_has_the_tokenizer_and_shape_that_the_code_makes_today():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    saved, made = AutoTokenizer.from_pretrained(family.TINY), family.hf_tokenizer()
+    text = family.test_prompts(1)[0]
+    assert saved(text).input_ids == made(text).input_ids
+    assert saved.chat_template == made.chat_template
+    policy = AutoModelForCausalLM.from_pretrained(family.TINY)
+    shapes = {name: t.shape for name, t in policy.state_dict().items()}
+    assert shapes == {name: t.shape for name, t in family.untrained_model().state_dict().items()}
+    assert sum(path.stat().st_size for path in family.TINY.iterdir()) < 5e6
