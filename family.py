@@ -273,7 +273,7 @@ def rows(dataset: str, split: str, kind: str) -> Iterator[tuple[str, dict]]:
     """(where, row): demonstrations for sft.py; else judged samples of the fine-tuned `tiny`.
 
     `family:off-policy` has pairs that the policy would not have written: the right answer against a
-    corrupted one. Training on them lowers the loss fast and teaches little, which is worth seeing.
+    corrupted one, for comparison.
     """
     _, _, variant = dataset.partition(":")
     if variant not in ("", "off-policy"):

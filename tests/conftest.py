@@ -148,14 +148,14 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
 
 
 def start_script(
-    script: str, *flags: str, processes: int = 1, cwd: Path = ROOT, **more
+    script: str, *flags: str, processes: int = 1, cwd: Path = ROOT, threads: int = 1, **more
 ) -> subprocess.Popen:
     """A script as a user starts it, with one process or several."""
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     env = os.environ | {
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -165,8 +165,8 @@ def start_script(
     )  # fmt: skip
 
 
-def run_script(script: str, *flags: str, processes: int = 1, cwd: Path = ROOT):
+def run_script(script: str, *flags: str, processes: int = 1, cwd: Path = ROOT, threads: int = 1):
     """(exit status, stdout, stderr) of a whole run."""
-    process = start_script(script, *flags, processes=processes, cwd=cwd)
+    process = start_script(script, *flags, processes=processes, cwd=cwd, threads=threads)
     out, err = process.communicate(timeout=600)
     return process.returncode, out, err

@@ -62,7 +62,7 @@ def test_the_first_command_makes_a_model_better_over_three_seeds(tmp_path):
     for seed in range(3):
         folder = tmp_path / str(seed)
         more = ("--seed", seed, "--output-dir", folder, "--cache-dir", tmp_path / "cache")
-        status, out, err = run_script("dpo.py", *more)
+        status, out, err = run_script("dpo.py", *more, threads=2)
         assert status == 0, err[-2000:]
         print(out[out.index("dpo: ") :])
         found = json.loads((folder / "measured.json").read_text())

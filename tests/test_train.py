@@ -672,7 +672,7 @@ def test_folder_of_another_run_is_refused(checkpoints, pairs, plain, changed, na
 
 def test_folder_of_another_script_is_refused(checkpoints, pairs, plain):
     train(sft, checkpoints("llama"), pairs, "out", max_steps=2)
-    with pytest.raises(common.UserError, match="holds another run"):
+    with pytest.raises(common.UserError, match="holds a run of sft.py"):
         train(dpo, checkpoints("llama"), pairs, "out", max_steps=2)
 
 
