@@ -165,7 +165,7 @@ def flag(name: str) -> str:
 
 # Arguments that leave the trained weights as they are but for rounding: a resumed run may change
 # them.
-BOOKKEEPING = """output_dir resume eval_dataset eval_every sample_every save_every keep_last
+BOOKKEEPING = """output_dir resume eval_every sample_every save_every keep_last
 cache_dir export_dtype micro_batch_size deterministic""".split()
 
 
@@ -175,8 +175,10 @@ def start(args: Any, settings: dict[str, dict], script: str) -> Run:
     """
     origin, row = fill_in(args, settings)
     check_shared(args)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if args.dtype is None:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         args.dtype = "bfloat16" if bf16 else "float32"
     hf_logging.disable_progress_bar()  # a bar a file says nothing here
     if args.deterministic:
@@ -184,8 +186,6 @@ def start(args: Any, settings: dict[str, dict], script: str) -> Run:
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(args.seed)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # Long, because one process may tokenise or write a checkpoint while the others wait.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
@@ -238,9 +238,11 @@ class Processes:
         self.handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.signal or not self.to_save:  # asked twice, or nothing to lose: now
+        again = self.signal and time.monotonic() - self.signalled_at > 3  # a launcher may echo it
+        if again or not self.to_save:  # asked twice, or nothing to lose: now
             raise SystemExit(128 + number)
-        self.signal = number
+        if not self.signal:
+            self.signal, self.signalled_at = number, time.monotonic()
 
     def share(self, micros: list[Any], label: str) -> Iterator[Any]:
         """This process's part of a list, with a progress bar; every process goes round equally
@@ -596,6 +598,7 @@ class Run(Processes):
         if ends or (args.sample_every and self.step % args.sample_every == 0):
             if report := beside("report"):
                 report.sample(self, held_out, policy, tokenizer)
+        self.clock = time.perf_counter()  # a step's time is without its evaluation
 
     def print(self, text: str) -> None:
         """A line that does not tear the progress bar."""
@@ -605,6 +608,8 @@ class Run(Processes):
     def stop(self, number: int) -> None:
         """Save what there is and leave, as a signal asked."""
         self.save()
+        if self.world > 1:
+            dist.barrier()  # torchrun ends all as soon as one has left
         self.print(f"stopped: step {self.step} is saved in {self.folder}; the same command goes on")
         raise SystemExit(128 + number)
 
@@ -704,7 +709,9 @@ class Run(Processes):
         before = getattr(policy.config, "plainpref", None) or new
         policy.config.plainpref = {**before, "history": [*before["history"], self.script.stem]}
         dtype = getattr(torch, self.args.export_dtype)
-        state = {name: tensor.to(dtype) for name, tensor in policy.state_dict().items()}
+        whole = policy.state_dict()
+        cast = {t.data_ptr(): t.to(dtype) for t in whole.values()}  # tied weights stay tied
+        state = {name: cast[t.data_ptr()] for name, t in whole.items()}
         policy.save_pretrained(temporary, state_dict=state)
         tokenizer.save_pretrained(temporary)
         mend_for_transformers_4(temporary, dtype)
@@ -965,7 +972,10 @@ def _raw_rows(dataset: str, split: str, kind: str) -> Iterator[tuple[str, Any]]:
     if dataset.split(":")[0] == "family":
         import family
 
-        yield from family.rows(dataset, split, kind)
+        try:
+            yield from family.rows(dataset, split, kind)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     elif path.suffix == ".jsonl" and path.is_file():
         yield from json_lines(path)
     elif sources := beside("sources"):
@@ -1175,7 +1185,6 @@ def _tokenise(
         prompt = prompt[1:]
     prompt = tokenizer.bos + prompt
     responses = [_with_eos(encode(text), tokenizer, templated) for text in response_texts]
-    asked = prompt[: len(tokenizer.bos)] + prompt[len(tokenizer.bos) :][-max_prompt_length:]
 
     if not prompt and len(responses) > 1:
         raise BadRow("the prompt is empty, and this tokenizer has no BOS to begin with")
@@ -1187,6 +1196,7 @@ def _tokenise(
         room = max_length - len(prompt)
         counts["responses cut"] += sum(len(r) > room for r in responses)
         responses = [r[:room] for r in responses]  # a cut response has no EOS: it did not end there
+    asked = prompt
     if prompt_too or not prompt:  # the first token has nothing before it to be predicted from
         whole = prompt + responses[0]
         prompt, responses = whole[:1], [whole[1:]]
@@ -1533,6 +1543,8 @@ def add_reference_logps(
         run.world,
     ]
     facts += [torch.__version__, torch.get_num_threads(), file_hash(Path(__file__).resolve())]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    facts += [_version("transformers"), gpu, torch.are_deterministic_algorithms_enabled()]
     facts += [[rows.digest(), micros] for rows, micros in parts.values()]
     key.update(json.dumps(facts).encode())
     file = Path(cache_dir or Path("runs") / ".cache") / f"ref-{key.hexdigest()[:24]}.safetensors"
@@ -1574,9 +1586,9 @@ def load_reference(ref_model: str, soup_weight: float, policy: nn.Module, run: R
         other = _state_tensors(load_policy(second[0], dtype, run, "reference"))
         with torch.no_grad():
             for name, tensor in _state_tensors(reference).items():
-                if other[name].shape != tensor.shape:
+                if name not in other or other[name].shape != tensor.shape:
                     raise UserError(
-                        f"--ref-model {ref_model}: {name} has another shape in the two models"
+                        f"--ref-model {ref_model}: {name} differs in shape between the two models"
                     )
                 tensor.lerp_(other[name], 1 - soup_weight)
     if reference.config.vocab_size != policy.config.vocab_size:

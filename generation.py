@@ -84,9 +84,13 @@ def _generate_batch(
             token = logits.argmax(-1)
         else:
             # The uniform is scaled to the last entry, not to 1: rounding never steps past the end.
-            cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-            at = uniforms[rows, t, None] * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, at, right=True)[:, 0]
+            # CUDA's cumsum is not the same bit for bit, so --deterministic would refuse it there.
+            exact = torch.are_deterministic_algorithms_enabled()
+            cumulative = (
+                (logits / temperature).softmax(-1).to("cpu" if exact else device).cumsum(-1)
+            )
+            at = uniforms[rows, t, None].to(cumulative) * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, at, right=True)[:, 0].to(device)
             token = token.clamp(max=logits.shape[-1] - 1)
         found[rows[running], t] = token[running]
         running = running & ~torch.isin(token, stops)

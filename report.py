@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
+import torch
 
 import common
 import generation
@@ -108,6 +109,7 @@ def closing(run: "common.Run", policy: Any, tokenizer: Any) -> str:
     if run.args.dataset.split(":")[0] == "family":
         import family
 
+        torch.manual_seed(run.args.seed)  # `tiny-untrained` is made again: with the same weights
         start = common.load_policy(run.args.model, run.args.dtype, run, "start")
         measured = family.measure(run, policy, start, tokenizer, FAMILY_PROMPTS)
     if not common.MAIN_PROCESS:

@@ -148,11 +148,11 @@ def hub_rows(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
 
 def test_split(dataset: str) -> str | None:
     """The data set's name with its own held-out split, if it has one."""
+    if Path(dataset).expanduser().exists() or Path(dataset).suffix in READERS:
+        return None
     import datasets
 
     name, config, _ = _parts(dataset)
-    if Path(dataset).exists() or Path(dataset).suffix in READERS:
-        return None
     try:
         splits = datasets.get_dataset_split_names(name, config)
     except Exception:  # told by hub_rows, which needs more than the names

@@ -32,7 +32,7 @@ def test_every_flag_that_is_named_exists():
     for script in SCRIPTS:
         fields = re.findall(r"^    (\w+): .*  # ", (ROOT / script).read_text(), re.M)
         known |= {"--" + name.replace("_", "-") for name in fields}
-    others = {"--nproc_per_node", "--index-url"}  # torchrun's and pip's
+    others = {"--nproc_per_node", "--shutdown-timeout", "--index-url"}  # torchrun's and pip's
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - others
     assert named and not named - known
 
