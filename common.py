@@ -166,7 +166,7 @@ def flag(name: str) -> str:
 # Arguments that leave the trained weights as they are but for rounding: a resumed run may change
 # them.
 BOOKKEEPING = """output_dir resume eval_every sample_every save_every keep_last
-cache_dir export_dtype micro_batch_size deterministic""".split()
+cache_dir export_dtype micro_batch_size deterministic attn share_prompt fused_logps""".split()
 
 
 def start(args: Any, settings: dict[str, dict], script: str) -> Run:
@@ -435,7 +435,7 @@ class Run(Processes):
             raise UserError(
                 f"--epochs {args.epochs} of {self.steps_per_epoch} steps each is less than one step"
             )
-        self.lengths = [row.length() for row in train.rows]
+        self.lengths = [row.tokens() for row in train.rows]
         epochs = self.total_steps / self.steps_per_epoch
         say(
             "steps",
@@ -444,11 +444,17 @@ class Run(Processes):
         )
 
     def step_rows(self, step: int) -> list[list[int]]:
-        """The micro-batches of a step; process r takes every world-th of them, from the r-th on."""
+        """The micro-batches of a step; process r takes every world-th of them, from the r-th on.
+
+        They come sorted by length. Dealt to and fro (1 2 3 4, 4 3 2 1, ...) no process gets the
+        longest of every round, so none waits long for the others.
+        """
         epoch, at = divmod(step, self.steps_per_epoch)
         rng, size = np.random.default_rng([self.args.seed, epoch]), self.args.batch_size
         order = rng.permutation(len(self.lengths)).tolist()[at * size : (at + 1) * size]
-        return micro_batches(self.lengths, order, self.args.micro_batch_size)
+        micros = micro_batches(self.lengths, order, self.args.micro_batch_size)
+        rounds = [micros[i : i + self.world] for i in range(0, len(micros), self.world)]
+        return [m for i, dealt in enumerate(rounds) for m in (dealt[::-1] if i % 2 else dealt)]
 
     def used_rows(self, train: Rows) -> list[list[int]]:
         """Every row of the run once: the first epoch's micro-batches, then what they left out."""
@@ -460,7 +466,7 @@ class Run(Processes):
         return micros
 
     def held_out_rows(self, held_out: Rows) -> list[list[int]]:
-        lengths = [row.length() for row in held_out.rows]
+        lengths = [row.tokens() for row in held_out.rows]
         return micro_batches(lengths, list(range(len(held_out))), self.args.micro_batch_size)
 
     def batches(self, data: Rows) -> Iterator[Batch]:
@@ -472,7 +478,7 @@ class Run(Processes):
             torch.manual_seed(hash_of(self.args.seed, self.step, self.rank))
             micros = self.step_rows(self.step)
             rows = [data.rows[i] for micro in micros for i in micro]
-            self.clock, self.tokens = time.perf_counter(), 0
+            self.clock, self.tokens, self.slots, self.filled = time.perf_counter(), 0, 0, 0
             yield Batch(
                 (self._collated(data, indexes) for indexes in micros[self.rank :: self.world]),
                 prompts=len(rows),
@@ -482,8 +488,10 @@ class Run(Processes):
         self.bar.close()
 
     def _collated(self, data: Rows, indexes: list[int]) -> Micro:
-        micro = collate(data, indexes, self.device)
+        micro = collate_for(self.policy, data, indexes)
         self.tokens += micro.tokens
+        self.slots += micro.input_ids.numel()
+        self.filled += micro.filled
         return micro
 
     # -- metrics are sums and counts, so that they are right over micro-batches and processes
@@ -526,7 +534,9 @@ class Run(Processes):
         sum_gradients(parameters)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         factor = schedule_factor(args.schedule, args.warmup_ratio, self.step, self.total_steps)
-        metrics, (tokens, signalled) = self._reduce(self.tokens, self.signal)
+        metrics, (tokens, slots, filled, signalled) = self._reduce(
+            self.tokens, self.slots, self.filled, self.signal
+        )
         finite = bool(norm.isfinite()) and np.isfinite(metrics.get("loss", 0.0))
         if finite:
             if args.max_grad_norm:
@@ -544,6 +554,7 @@ class Run(Processes):
             lr=args.lr * factor,
             skipped=int(not finite),
             tokens_per_second=tokens / seconds,
+            padding=1 - filled / slots,
             seconds_per_step=seconds,
             peak_memory_gib=peak_memory(),
         )
@@ -585,7 +596,7 @@ class Run(Processes):
             training, self.sums = self.sums, {}
             with torch.no_grad():
                 for indexes in self.share(self.held_out_rows(held_out), "held-out rows"):
-                    self.add(losses_of(collate(held_out, indexes, self.device))[1])
+                    self.add(losses_of(collate_for(policy, held_out, indexes))[1])
             # A process may have had no rows; the main one always has some.
             names = from_main(lambda: {"names": list(self.sums)})["names"]
             self.sums = {name: self.sums.get(name, [0.0, 0.0]) for name in names}
@@ -862,6 +873,10 @@ class Row:
 
     def length(self) -> int:
         return len(self.prompt) + max(map(len, self.responses))
+
+    def tokens(self) -> int:
+        """The prompt counted once."""
+        return len(self.prompt) + sum(map(len, self.responses))
 
 
 @dataclass
@@ -1281,9 +1296,18 @@ def _short(text: str, most: int = 300) -> str:
 # 3. The policy
 
 
-def load_policy(model: str, dtype: str, run: Processes, name: str = "model") -> nn.Module:
+def load_policy(
+    model: str,
+    dtype: str,
+    run: Processes,
+    attn: str = "auto",
+    share_prompt: bool = True,
+    fused_logps: bool = True,
+    name: str = "model",
+) -> nn.Module:
     """A decoder-only model with fp32 weights (float64 for tests), on this process's device, dropout
-    off.
+    off. How it is to be asked for log-probs goes with it: `compute_dtype`, `share_prompt`,
+    `fused_logps`.
     """
     say(name, f"{model}, {resolve_model(model)}" if resolve_model(model) != model else model)
     if model == "tiny-untrained":
@@ -1302,23 +1326,32 @@ def load_policy(model: str, dtype: str, run: Processes, name: str = "model") -> 
         experts = [getattr(config, key, None) for key in ("num_experts", "num_local_experts")]
         if any(n and n > 1 for n in experts):
             raise UserError(f"--model {model}: a mixture of experts; only dense models are known")
-        # sdpa would leave out Gemma 2's softcap on attention scores; eager has it.
-        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
-        policy = _from_hub(
-            lambda: AutoModelForCausalLM.from_pretrained(
-                resolve_model(model),
-                dtype=torch.float32,
-                use_safetensors=True,
-                attn_implementation=attention,
-            ),
-            model,
-        )
+        attention = _attention_for(config, attn, run.device)
+        try:
+            policy = _from_hub(
+                lambda: AutoModelForCausalLM.from_pretrained(
+                    resolve_model(model),
+                    dtype=torch.float32,
+                    use_safetensors=True,
+                    attn_implementation=attention,
+                ),
+                model,
+            )
+        except ValueError as error:
+            if "attention" not in str(error):
+                raise
+            raise UserError(f"--attn {attn}: {model} cannot take it ({error})") from None
     policy.eval()  # for good: with dropout, the untrained policy would not be its own reference
+    # GPT-2 would look for padding, on the GPU in every step; attention is causal, so all is well.
+    policy.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
     policy.to(run.device, torch.float64 if dtype == "float64" else torch.float32)
     policy.compute_dtype = getattr(torch, dtype)
     for tensor in _state_tensors(policy).values() if run.world > 1 else ():
         dist.broadcast(tensor, 0)
     _check_head(policy, model)
+    policy.fused_logps = fused_logps
+    refusal = _refusal_to_share(policy, max(getattr(run, "lengths", None) or [64]))
+    policy.share_prompt = share_prompt and not refusal
     size = sum(p.numel() for p in policy.parameters())
     attention, weights = policy.config._attn_implementation, next(policy.parameters()).dtype
     say(
@@ -1326,7 +1359,20 @@ def load_policy(model: str, dtype: str, run: Processes, name: str = "model") -> 
         f"{size / 1e6:,.1f} M parameters, weights {weights}, computes in {dtype}, "
         f"{attention} attention",
     )
+    if share_prompt and refusal:
+        say("", f"a prompt goes through the model once for every response: {refusal}")
     return policy
+
+
+def _attention_for(config: Any, attn: str, device: torch.device) -> str | None:
+    """Transformers' name for it; None is its own choice, sdpa nearly everywhere."""
+    if attn == "flex_attention" and device.type != "cuda":
+        raise UserError("--attn flex_attention: it has no backward pass outside of CUDA")
+    if getattr(config, "attn_logit_softcapping", None):  # Gemma 2
+        if attn == "sdpa":
+            raise UserError("--attn sdpa would leave out this model's softcap on attention scores")
+        return "eager" if attn == "auto" else attn
+    return None if attn == "auto" else attn
 
 
 def _state_tensors(policy: nn.Module) -> dict[str, Tensor]:
@@ -1351,6 +1397,11 @@ class Head:
 
 def head_of(policy: nn.Module) -> Head:
     linear, config = policy.get_output_embeddings(), policy.config
+    if type(linear) is not nn.Linear:  # an adapter's wrapper shows the weight without the adapter
+        raise UserError(
+            f"the output layer is a {type(linear).__name__}: log-probs are made from a plain "
+            "linear layer. Leave the head out of the adapter's target modules, or merge it first"
+        )
     scale = getattr(config, "logit_scale", None) or 1.0 / (
         getattr(config, "logits_scaling", None) or 1.0
     )
@@ -1368,12 +1419,37 @@ def _check_head(policy: nn.Module, model: str) -> None:
     # The likeliest and the least likely token: there a softcap or a scale does most. No autocast,
     # so that the two differ by fp32 rounding alone.
     targets = torch.cat([own.argmax(-1), own.argmin(-1)])
-    ours = token_logps(torch.cat([hidden, hidden]), head_of(policy), targets)
+    ours = token_logps(torch.cat([hidden, hidden]), head_of(policy), targets, fused=False)
     theirs = torch.cat([own, own]).gather(1, targets[:, None])[:, 0]
     if not torch.allclose(theirs, ours.double(), atol=1e-3, rtol=0):
         raise UserError(
             f"--model {model}: the output layer of {type(policy).__name__} does more than we know"
         )
+
+
+@torch.no_grad()
+def _refusal_to_share(policy: nn.Module, longest: int) -> str | None:
+    """Why the responses of a prompt cannot stand behind one copy of it, if so. Found by trying, at
+    the length of the longest row: a model may read its positions or its window off the index.
+    """
+    if other := {*_windows(policy.config)} - {"full_attention", "sliding_attention"}:
+        return f"the model has {', '.join(sorted(other))} layers"
+    if policy.config._attn_implementation not in ("eager", "sdpa", "flex_attention"):
+        return f"{policy.config._attn_implementation} takes no mask of its own"
+    rng, third = np.random.default_rng(0), max(2, longest // 3)
+    draw = lambda n: rng.integers(0, policy.config.vocab_size, n).astype(np.int32)  # noqa: E731
+    rows = Rows("", [Row(draw(third), [draw(third), draw(third - 1)], draw(1))])
+    try:
+        one, two = (
+            hidden_before_responses(policy, collate(rows, [0], policy.device, share))
+            for share in (True, False)
+        )
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+        return f"{type(policy).__name__} does not take a mask and positions ({first_line(error)})"
+    # fp32 rounding is 1e-6 of that; a wrong mask or position 0.1 and more.
+    if not (one - two).abs().max() <= 1e-3 * two.abs().max():
+        return f"{type(policy).__name__} does not use the mask and positions that it is given"
+    return None
 
 
 def warn_if_not_fine_tuned(policy: nn.Module, tokenizer) -> None:
@@ -1399,20 +1475,24 @@ def autocast(policy: nn.Module):
 
 @dataclass
 class Micro:
-    """What goes through the model at once: B prompts with K responses each, one sequence a
-    response.
+    """What goes through the model at once: B prompts with K responses each.
+
+    Plain: a sequence a response, [prompt | y_k | padding]. Shared: a sequence a prompt,
+    [prompt | y_1 | ... | y_K | padding], where a response sees the prompt and itself and its
+    positions go on from the prompt's: the same log-probs, the prompt computed once.
     """
 
-    input_ids: Tensor  # (B*K, L) prompt and response, padded on the right
-    picked: Tensor  # (N,) index into (B*K*L) of the position before each response token
+    input_ids: Tensor  # (B*K, L) plain, (B, L) shared
+    segments: Tensor | None  # (B, L) shared: 0 in the prompt, k in y_k, K + 1 in padding
+    positions: Tensor | None  # (B, L) shared
+    picked: Tensor  # (N,) index into input_ids, flattened, of what stands before a response token
     targets: Tensor  # (N,) the response tokens
     slots: Tensor  # (N,) where each of them belongs in (B*K*T)
     shape: tuple[int, int, int]  # B, K, T: T is the longest response
-    lengths: (
-        Tensor  # (B, K) response tokens, EOS included; 0 where a row has fewer than K responses
-    )
+    lengths: Tensor  # (B, K) response tokens, EOS included; 0: a row with fewer than K responses
     ref_logps: Tensor | None  # (B, K)
-    tokens: int  # all tokens, padding not counted
+    tokens: int  # of prompts and responses, each counted once in either layout
+    filled: int  # places of input_ids that are not padding
 
 
 @dataclass
@@ -1430,32 +1510,76 @@ class Batch:
         return iter(self.micros)
 
 
-def collate(data: Rows, indexes: list[int], device: torch.device) -> Micro:
+def collate_for(policy: nn.Module, data: Rows, indexes: list[int]) -> Micro:
+    """In the layout that costs this policy less."""
+    flex = policy.config._attn_implementation == "flex_attention"
+    share = policy.share_prompt and _sharing_pays(
+        [data.rows[i] for i in indexes], policy.config.hidden_size, flex
+    )
+    # Lengths that flex_attention's blocks divide: else it compiles for ever new ones.
+    return collate(data, indexes, policy.device, share, 128 if flex and share else 1)
+
+
+def _sharing_pays(rows: list[Row], hidden: int, skips: bool) -> bool:
+    """A layer multiplies about 12 hidden^2 weights with a token, and 2 hidden * (how many keys it
+    looks at). Behind one prompt every token has the keys of all K responses to look at (or skip, if
+    the attention can): long responses to a short prompt are better off alone.
+    """
+    shared = max(row.tokens() for row in rows)
+    plain = max(row.length() for row in rows)
+    sequences = max(len(row.responses) for row in rows)
+    cost = 6 * hidden + (shared / 2 if skips else shared)
+    return sequences > 1 and shared * cost <= sequences * plain * (6 * hidden + plain / 2)
+
+
+def collate(
+    data: Rows,
+    indexes: list[int],
+    device: torch.device,
+    share_prompt: bool = False,
+    multiple_of: int = 1,  # of the length of a sequence
+) -> Micro:
     rows = [data.rows[i] for i in indexes]
     many = max(len(row.responses) for row in rows)  # K
     longest = max(len(r) for row in rows for r in row.responses)  # T
-    width = max(row.length() for row in rows)  # L
-    ids = np.zeros(
-        (len(rows) * many, width), np.int64
-    )  # padding is never looked at, so any id will do
+    width = max(row.tokens() if share_prompt else row.length() for row in rows)
+    width += -width % multiple_of  # L
+    lines = len(rows) if share_prompt else len(rows) * many
+    # Padding is never looked at, so any id and position will do.
+    ids, positions = np.zeros((2, lines, width), np.int64)
+    segments = np.full((lines, width), many + 1)
     picked, targets, slots = [], [], []
     lengths = np.zeros((len(rows), many), np.int64)
+    filled = 0
     for b, row in enumerate(rows):
+        start = len(row.prompt)
         for k, response in enumerate(row.responses):
-            line, start, end = b * many + k, len(row.prompt), len(row.prompt) + len(response)
-            ids[line, :start], ids[line, start:end] = row.prompt, response
-            picked.append(line * width + np.arange(start - 1, end - 1))
-            slots.append(line * longest + np.arange(len(response)))
+            line = b if share_prompt else b * many + k
+            if k == 0 or not share_prompt:
+                ids[line, : len(row.prompt)], segments[line, : len(row.prompt)] = row.prompt, 0
+                positions[line, : len(row.prompt)] = np.arange(len(row.prompt))
+                start, filled = len(row.prompt), filled + len(row.prompt)
+            place = np.arange(start, start + len(response))
+            ids[line, place], segments[line, place] = response, k + 1
+            positions[line, place] = len(row.prompt) + np.arange(len(response))
+            before = place - 1
+            before[0] = len(row.prompt) - 1  # the prompt's last token is before every first one
+            picked.append(line * width + before)
+            slots.append((b * many + k) * longest + np.arange(len(response)))
             targets.append(response)
             lengths[b, k] = len(response)
+            start, filled = start + len(response), filled + len(response)
     to = lambda array: torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device)  # noqa: E731
     return Micro(
         to(ids),
+        to(segments) if share_prompt else None,
+        to(positions) if share_prompt else None,
         *(to(np.concatenate(parts)) for parts in (picked, targets, slots)),
         (len(rows), many, longest),
         to(lengths),
         None if data.ref_logps is None else data.ref_logps[indexes, :many].to(device),
-        sum(len(row.prompt) + len(response) for row in rows for response in row.responses),
+        sum(row.tokens() for row in rows),
+        filled,
     )
 
 
@@ -1479,12 +1603,8 @@ def response_logps(policy: nn.Module, micro: Micro) -> tuple[Tensor, Tensor]:
 def response_token_logps(policy: nn.Module, micro: Micro) -> Tensor:
     """(B, K, T) log pi of every response token, 0 past the end of a response."""
     with autocast(policy):
-        # No mask: attention is causal, so padding on the right is never seen. (B*K, L, H); the
-        # logits of prompt and padding are never made.
-        hidden = policy.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
-        logps = token_logps(
-            hidden.flatten(0, 1)[micro.picked], head_of(policy), micro.targets
-        )  # (N,)
+        hidden = hidden_before_responses(policy, micro)  # (N, H)
+        logps = token_logps(hidden, head_of(policy), micro.targets, fused=policy.fused_logps)
     batch, many, longest = micro.shape
     return (
         logps.new_zeros(batch * many * longest)
@@ -1493,10 +1613,68 @@ def response_token_logps(policy: nn.Module, micro: Micro) -> Tensor:
     )
 
 
-def token_logps(hidden: Tensor, head: Head, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """(N,) log-probs in fp32 or better, from hidden states (N, H) that stand before the targets
-    (N,).
+def hidden_before_responses(policy: nn.Module, micro: Micro) -> Tensor:
+    """(N, H) what each response token is predicted from. The logits of prompt and padding are never
+    made.
     """
+    more = {}  # plain: attention is causal, so padding on the right is never seen
+    if micro.segments is not None:
+        masks = {
+            kind: _shared_mask(policy, micro, window)
+            for kind, window in _windows(policy.config).items()
+        }
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        more = {"attention_mask": mask, "position_ids": micro.positions}
+    states = policy.base_model(input_ids=micro.input_ids, use_cache=False, **more).last_hidden_state
+    return states.flatten(0, 1)[micro.picked]
+
+
+def _windows(config: Any) -> dict[str, int | None]:
+    """The kinds of attention layers, and how many positions back each kind sees."""
+    window = getattr(config, "sliding_window", None)
+    usual = ["sliding_attention" if window else "full_attention"]
+    kinds = dict.fromkeys(getattr(config, "layer_types", None) or usual)
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
+
+
+def _shared_mask(policy: nn.Module, micro: Micro, window: int | None) -> Any:
+    """Which key a query sees: one before it, in the prompt or in its own response, and less than a
+    window of *positions* back (of indexes, the second response would be too far from the prompt).
+    """
+    segments, positions = micro.segments, micro.positions  # (B, L)
+
+    def sees(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        of_key = segments[b, k]
+        seen = (k <= q) & ((of_key == 0) | (of_key == segments[b, q]))
+        return seen & (positions[b, q] - positions[b, k] < window) if window else seen
+
+    batch, length = segments.shape
+    if policy.config._attn_implementation == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        return create_block_mask(sees, batch, None, length, length, segments.device)
+    index = torch.arange(length, device=segments.device)
+    seen = sees(torch.arange(batch, device=index.device)[:, None, None], 0, index[:, None], index)
+    # Added to the scores, so that one mask does for sdpa and eager. Finite, so that no row is NaN.
+    mask = torch.zeros(seen.shape, dtype=policy.compute_dtype, device=index.device)
+    return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None]  # (B, 1, L, L)
+
+
+def token_logps(
+    hidden: Tensor,  # (N, H)
+    head: Head,
+    targets: Tensor,  # (N,)
+    temperature: float = 1.0,
+    fused: bool = True,
+) -> Tensor:
+    """(N,) log-probs in fp32 or better, from the hidden states that stand before the targets.
+
+    Through kernels/token_logps.py, if it is there: the same without the (N, V) logits.
+    """
+    if fused and (kernels := beside("kernels.token_logps")):
+        return kernels.token_logps(
+            hidden, head.weight, targets, head.bias, head.softcap, head.scale, temperature
+        )
     logits = F.linear(hidden, head.weight, head.bias)  # (N, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * head.scale
     if head.softcap:
@@ -1539,10 +1717,14 @@ def add_reference_logps(
     facts = [
         str(reference.compute_dtype),
         reference.config._attn_implementation,
+        reference.share_prompt,
+        reference.fused_logps,
         run.device.type,
         run.world,
     ]
-    facts += [torch.__version__, torch.get_num_threads(), file_hash(Path(__file__).resolve())]
+    facts += [torch.__version__, torch.get_num_threads()]
+    sources = [Path(__file__).resolve(), *sorted((HERE / "kernels").glob("*.py"))]
+    facts += [file_hash(source) for source in sources]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     facts += [_version("transformers"), gpu, torch.are_deterministic_algorithms_enabled()]
     facts += [[rows.digest(), micros] for rows, micros in parts.values()]
@@ -1560,7 +1742,7 @@ def add_reference_logps(
         rows.ref_logps = torch.full((len(rows), many), torch.nan, dtype=torch.float64)
         mine = torch.zeros(len(rows), many, dtype=torch.float64)
         for indexes in run.share(micros, f"reference ({name})"):
-            logps, _ = response_logps(reference, collate(rows, indexes, run.device))
+            logps, _ = response_logps(reference, collate_for(reference, rows, indexes))
             mine[indexes, : logps.shape[1]] = logps.double().cpu()
         if run.world > 1:
             dist.all_reduce(mine)
@@ -1579,11 +1761,12 @@ def add_reference_logps(
 
 def load_reference(ref_model: str, soup_weight: float, policy: nn.Module, run: Run) -> nn.Module:
     """A model, or a soup `a+b`: soup_weight * a + (1 - soup_weight) * b, weight by weight."""
-    dtype = str(policy.compute_dtype).removeprefix("torch.")
     first, *second = ref_model.split("+")
-    reference = load_policy(first, dtype, run, "reference")
+    asked = (policy.share_prompt, policy.fused_logps, "reference")
+    dtype = str(policy.compute_dtype).removeprefix("torch.")
+    reference = load_policy(first, dtype, run, run.args.attn, *asked)
     if second:
-        other = _state_tensors(load_policy(second[0], dtype, run, "reference"))
+        other = _state_tensors(load_policy(second[0], dtype, run, run.args.attn, *asked))
         with torch.no_grad():
             for name, tensor in _state_tensors(reference).items():
                 if name not in other or other[name].shape != tensor.shape:
@@ -1700,7 +1883,8 @@ def beside(module: str) -> Any:
     """A module that stands beside this file, or None where only this file was copied."""
     from importlib import import_module
 
-    return import_module(module) if (HERE / f"{module}.py").is_file() else None
+    file = HERE / f"{module.replace('.', '/')}.py"
+    return import_module(module) if file.is_file() else None
 
 
 def progress_bar(over: Any, label: str, **more: Any):

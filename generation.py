@@ -5,6 +5,9 @@ before: token t of row i is found with the one uniform number that belongs to (s
 inverting the cumulative distribution.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -32,21 +35,37 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     parts = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     found = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.int64)
-    for part in run.share(parts, label):
-        # One stream of uniforms a row: not moved by who else is in the batch.
-        uniforms = np.stack([np.random.default_rng([seed, i]).random(max_new_tokens) for i in part])
-        new = _generate_batch(
-            policy,
-            [prompts[i] for i in part],
-            stop_ids,
-            max_new_tokens,
-            temperature,
-            torch.from_numpy(uniforms),
-        )
-        found[part, : new.shape[1]] = new.cpu()
+    with _attention_for_sampling(policy):
+        for part in run.share(parts, label):
+            # One stream of uniforms a row: not moved by who else is in the batch.
+            streams = [np.random.default_rng([seed, i]).random(max_new_tokens) for i in part]
+            new = _generate_batch(
+                policy,
+                [prompts[i] for i in part],
+                stop_ids,
+                max_new_tokens,
+                temperature,
+                torch.from_numpy(np.stack(streams)),
+            )
+            found[part, : new.shape[1]] = new.cpu()
     if run.world > 1:  # every row was made by one process; elsewhere it is -1
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
     return [row[row >= 0].numpy().astype(np.int32) for row in found]
+
+
+@contextmanager
+def _attention_for_sampling(policy: nn.Module) -> Iterator[None]:
+    """flex_attention would be compiled again for every length of the cache."""
+    asked = policy.config._attn_implementation
+    if asked != "flex_attention":
+        yield
+        return
+    softcap = getattr(policy.config, "attn_logit_softcapping", None)
+    policy.set_attn_implementation("eager" if softcap else "sdpa")
+    try:
+        yield
+    finally:
+        policy.set_attn_implementation(asked)
 
 
 def _generate_batch(

@@ -78,6 +78,8 @@ class Args:
     weight_decay: float = 0.0  # on matrices only
     max_grad_norm: float | None = None  # gradients are scaled down to this norm; 0: never; default: SETTINGS
     dtype: Literal["bfloat16", "float32", "float64"] | None = None  # to compute in; default: bfloat16 on GPUs that have it, else float32
+    attn: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"  # attention; auto: sdpa, or eager where sdpa would leave something out
+    fused_logps: bool = True  # log-probs through kernels/, which never hold the logits; off: the plain lines in common.py
     # The run
     output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults
     resume: Literal["auto", "never"] = "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
@@ -113,7 +115,9 @@ def main(args: Args) -> None:
         args.max_prompt_length, skip_bad_rows=args.skip_bad_rows, prompt_too=args.train_on_prompt,
     )  # fmt: skip
     run.plan(train)
-    policy = common.load_policy(args.model, args.dtype, run)
+    policy = common.load_policy(
+        args.model, args.dtype, run, args.attn, fused_logps=args.fused_logps
+    )
     optimizer = common.make_optimizer(policy, args.optimizer, args.lr, args.weight_decay)
     run.restore(policy, optimizer)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHITECTURES = ("llama", "gemma2", "gpt2", "qwen2", "mistral", "gpt_neox")
+ARCHITECTURES = ("llama", "gemma2", "gpt2", "qwen2", "qwen3", "mistral", "gpt_neox")
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -59,6 +59,7 @@ TOKENIZER_OF = {
     "gemma2": "bos",
     "gpt2": "pad-eos",
     "qwen2": "chat",
+    "qwen3": "chat",
     "mistral": "bos",
     "gpt_neox": "pad-eos",
 }
@@ -92,9 +93,14 @@ def make_config(architecture: str, tokenizer):
             head_dim=8, sliding_window=8, final_logit_softcapping=5.0, attn_logit_softcapping=5.0,
             query_pre_attn_scalar=8, **grouped, **shared,
         )  # fmt: skip
-    config = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config, "mistral": hf.MistralConfig}
-    window = {"sliding_window": 8} if architecture == "mistral" else {}
-    return config[architecture](rope_theta=50_000.0, **grouped, **shared, **window)
+    config = {
+        "llama": hf.LlamaConfig,
+        "qwen2": hf.Qwen2Config,
+        "qwen3": hf.Qwen3Config,
+        "mistral": hf.MistralConfig,
+    }
+    more = {"mistral": {"sliding_window": 8}, "qwen3": {"head_dim": 8}}.get(architecture, {})
+    return config[architecture](rope_theta=50_000.0, **grouped, **shared, **more)
 
 
 def make_checkpoint(architecture: str, folder: Path, tokenizer_kind: str | None = None) -> Path:

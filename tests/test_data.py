@@ -9,6 +9,7 @@ import json
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -680,8 +681,28 @@ def test_collate_by_hand():
     assert micro.shape == (2, 2, 3)
     assert micro.slots.tolist() == [0, 1, 3, 6, 9, 10, 11]  # lines of 3
     assert micro.lengths.tolist() == [[2, 1], [1, 3]]
-    assert micro.tokens == 13
+    assert (micro.tokens, micro.filled) == (10, 13)  # a prompt of two responses is there twice
+    assert micro.segments is None and micro.positions is None
     assert micro.ref_logps is None
+
+
+def test_collate_by_hand_with_a_shared_prompt():
+    """The same rows, each prompt once; positions go on from the prompt's end."""
+    rows = rows_of(([1, 2], [3, 4], [5]), ([6], [7], [8, 9, 10]))
+    micro = common.collate(rows, [0, 1], CPU, share_prompt=True)
+    assert micro.input_ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
+    assert micro.segments.tolist() == [[0, 0, 1, 1, 2], [0, 1, 2, 2, 2]]
+    assert micro.positions.tolist() == [[0, 1, 2, 3, 2], [0, 1, 1, 2, 3]]
+    assert micro.targets.tolist() == [3, 4, 5, 7, 8, 9, 10]
+    assert micro.picked.tolist() == [1, 2, 1, 5, 5, 7, 8]  # the prompt's end before both
+    plain = common.collate(rows, [0, 1], CPU)
+    assert micro.shape == plain.shape and torch.equal(micro.slots, plain.slots)
+    assert torch.equal(micro.lengths, plain.lengths)
+    assert micro.tokens == micro.filled == 10
+    wide = common.collate(rows, [0, 1], CPU, share_prompt=True, multiple_of=4)
+    assert wide.input_ids.shape == (2, 8) and wide.filled == 10
+    assert wide.segments[:, 5:].unique().tolist() == [3]  # padding: a response that is not there
+    assert wide.picked.tolist() == [1, 2, 1, 8, 8, 10, 11]
 
 
 def test_padding_is_never_a_target():
@@ -705,9 +726,18 @@ def test_padding_is_never_a_target():
         for line, i in zip(table.view(batch, many, longest), indexes, strict=True):
             for slots, response in zip(line, made[i][1:], strict=True):
                 assert slots[slots > 0].tolist() == response
-        assert micro.tokens == sum(
-            len(made[i][0]) + len(response) for i in indexes for response in made[i][1:]
+        assert (
+            micro.filled
+            == seen.sum()
+            == sum(len(made[i][0]) + len(response) for i in indexes for response in made[i][1:])
         )
+        assert micro.tokens == sum(len(part) for i in indexes for part in made[i])
+        # Behind one prompt: the same targets in the same slots, nothing but the rows' own tokens.
+        shared = common.collate(rows, indexes, CPU, share_prompt=True)
+        assert torch.equal(shared.targets, micro.targets) and torch.equal(shared.slots, micro.slots)
+        here = shared.input_ids.flatten()
+        assert shared.filled == shared.tokens == micro.tokens == (here > 0).sum()
+        assert torch.equal(here[shared.picked], flat[micro.picked])
 
 
 def test_rows_may_have_different_numbers_of_responses():
@@ -802,8 +832,28 @@ def test_any_deal_has_the_same_rows_in_a_step(world, micro, thirty):
         assert {len(m) for m in micros} == {micro}
         each = [micros[rank::world] for rank in range(world)]
         assert {len(part) for part in each} == {8 // (world * micro)}  # nobody waits for nobody
-        lengths = [dealt.lengths[i] for i in flat(micros)]
-        assert lengths == sorted(lengths, reverse=True)
+        rounds = [micros[at : at + world] for at in range(0, len(micros), world)]
+        longest = [[max(dealt.lengths[i] for i in m) for m in part] for part in rounds]
+        for at, part in enumerate(longest):  # to and fro
+            assert part == sorted(part, reverse=at % 2 == 0)
+        # Longest together: no round holds a row longer than the round before.
+        for before, after in zip(rounds, rounds[1:]):  # noqa: B905 (one shorter by design)
+            least = min(dealt.lengths[i] for i in flat(before))
+            assert least >= max(dealt.lengths[i] for i in flat(after))
+
+
+def test_processes_get_like_amounts_of_work(thirty):
+    """Tokens of the busiest process over the mean: less than if the longest always went first."""
+    run = a_run(thirty, world=2, micro_batch_size=1)
+    there = run.step_rows(0)
+
+    def busiest(micros):
+        work = [sum(run.lengths[i] for i in flat(micros[rank::2])) for rank in range(2)]
+        return max(work) / (sum(work) / 2)
+
+    in_order = common.micro_batches(run.lengths, sorted(flat(there)), 1)
+    assert busiest(there) < busiest(in_order)
+    assert busiest(there) < 1.1
 
 
 def lines(micro: common.Micro) -> list[tuple[int, ...]]:
@@ -811,9 +861,16 @@ def lines(micro: common.Micro) -> list[tuple[int, ...]]:
     return [tuple(ids[ids > 0].tolist()) for ids in micro.input_ids]  # padding is 0
 
 
+class PlainPolicy:
+    """What a batch is laid out for: here, a sequence a response."""
+
+    share_prompt, device = False, CPU
+    config = SimpleNamespace(_attn_implementation="sdpa", hidden_size=8)
+
+
 def through(run: common.Run, rows: common.Rows, start: int = 0) -> list[tuple]:
     """Per step: its number, its counts, and what this process got."""
-    run.step, seen = start, []
+    run.step, run.policy, seen = start, PlainPolicy(), []
     for batch in run.batches(rows):
         got = [line for micro in batch for line in lines(micro)]
         seen.append((batch.step, batch.prompts, batch.response_tokens, got))

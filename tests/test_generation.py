@@ -220,3 +220,21 @@ def test_the_uniform_is_inverted_without_a_gap(policy_of, run, monkeypatch):
     for value, token in ((0.0, 0), (1 - 2.0**-53, 319)):
         monkeypatch.setattr(np.random, "default_rng", lambda seed, value=value: Uniform(value))
         assert lists(generate(policy, [prompt], NEVER, 1, 1.0, 0, run)) == [[token]]
+
+
+@pytest.mark.parametrize("architecture", ("llama", "gemma2"))
+def test_flex_attention_is_put_aside_while_sampling_and_put_back(architecture, policy_of, run):
+    policy, prompts = policy_of(architecture, "float32"), random_prompts()
+    usual = policy.config._attn_implementation
+    expected = generate(policy, prompts, NEVER, 3, 0.0, 0, run)
+    policy.set_attn_implementation("flex_attention")
+    seen, forward = [], policy.forward
+
+    def look(**more):
+        seen.append(policy.config._attn_implementation)
+        return forward(**more)
+
+    policy.forward = look
+    assert lists(generate(policy, prompts, NEVER, 3, 0.0, 0, run)) == lists(expected)
+    assert set(seen) == {usual}
+    assert policy.config._attn_implementation == "flex_attention"

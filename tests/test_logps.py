@@ -32,8 +32,8 @@ class OneProcess:
     device, world = CPU, 1
 
 
-def load(folder, dtype: str = "float64") -> torch.nn.Module:
-    return common.load_policy(str(folder), dtype, OneProcess())
+def load(folder, dtype: str = "float64", **how) -> torch.nn.Module:
+    return common.load_policy(str(folder), dtype, OneProcess(), **how)
 
 
 def reference_model(folder, dtype: torch.dtype, **changes):
@@ -87,8 +87,15 @@ def random_rows(shapes, seed: int = 0) -> list[common.Row]:
     return rows
 
 
-def collated(rows: list[common.Row], indexes: list[int] | None = None) -> common.Micro:
-    return common.collate(common.Rows("test", rows), indexes or list(range(len(rows))), CPU)
+def collated(
+    rows: list[common.Row], indexes: list[int] | None = None, shared: bool = False
+) -> common.Micro:
+    indexes = indexes or list(range(len(rows)))
+    return common.collate(common.Rows("test", rows), indexes, CPU, shared)
+
+
+LAYOUTS = pytest.mark.parametrize("shared", (False, True), ids=("plain", "shared"))
+HEADS = pytest.mark.parametrize("fused", (False, True), ids=("logits", "fused"))
 
 
 def plain_token_logps(model, prompt: np.ndarray, response: np.ndarray) -> torch.Tensor:
@@ -115,17 +122,20 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 # -- every architecture
 
 
+@LAYOUTS
+@HEADS
 @pytest.mark.parametrize("shapes", (PAIRS, RAGGED), ids=("pairs", "ragged"))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_equal_to_one_at_a_time(architecture, shapes, checkpoints):
+def test_equal_to_one_at_a_time(architecture, shapes, fused, shared, checkpoints):
     """Every token's log-prob, the sums, the lengths, and gradients by every parameter."""
     rows = random_rows(shapes)
-    policy = load(checkpoints(architecture))
+    policy = load(checkpoints(architecture), fused_logps=fused)
+    assert policy.share_prompt  # all of them can
     truth = reference_model(checkpoints(architecture), torch.float64)
     with all_float64():
         expected = plain(truth, rows)
-        by_token = common.response_token_logps(policy, collated(rows))
-        sums, lengths = common.response_logps(policy, collated(rows))
+        by_token = common.response_token_logps(policy, collated(rows, shared=shared))
+        sums, lengths = common.response_logps(policy, collated(rows, shared=shared))
         many, longest = max(k for _, k in expected) + 1, max(map(len, expected.values()))
         assert by_token.shape == (len(rows), many, longest)
         assert sums.shape == lengths.shape == (len(rows), many)
@@ -151,22 +161,24 @@ def test_equal_to_one_at_a_time(architecture, shapes, checkpoints):
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-9, msg=name)
 
 
+@LAYOUTS
+@HEADS
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_low_precision_is_no_worse_than_plain(architecture, dtype, checkpoints):
+def test_low_precision_is_no_worse_than_plain(architecture, dtype, fused, shared, checkpoints):
     """Against float64 truth, the error is that of a plain forward pass in the same precision.
 
     Root mean squares over some hundred tokens; a factor of 1.5 for how rounding happens to fall.
     """
     rows = random_rows(PAIRS * 4)
-    policy = load(checkpoints(architecture), dtype)
+    policy = load(checkpoints(architecture), dtype, fused_logps=fused)
     low = reference_model(checkpoints(architecture), torch.float32)
     with torch.no_grad():
         with all_float64():
             truth = plain(reference_model(checkpoints(architecture), torch.float64), rows)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             naive = plain(low, rows)
-        logps = common.response_token_logps(policy, collated(rows))
+        logps = common.response_token_logps(policy, collated(rows, shared=shared))
     assert logps.dtype == torch.float32
     ours = {(b, k): logps[b, k, : len(y)] for (b, k), y in truth.items()}
 
@@ -177,41 +189,46 @@ def test_low_precision_is_no_worse_than_plain(architecture, dtype, checkpoints):
     assert 0 < error(ours) <= 1.5 * error(naive)
 
 
+@LAYOUTS
 @pytest.mark.parametrize("dtype", ("float64", "float32", "bfloat16"))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_padding_beyond_a_window_leaves_gradients_finite(architecture, dtype, checkpoints):
+def test_padding_beyond_a_window_leaves_gradients_finite(architecture, dtype, shared, checkpoints):
     """A padding position whose whole window is padding has nothing to attend to. Its NaN would not
     be seen in a log-prob, only in the gradient.
     """
-    rows = random_rows(((3, (2, 60)),))
+    rows = random_rows(((3, (2, 60)), (3, (2, 2))))
     policy = load(checkpoints(architecture), dtype)
-    sums, _ = common.response_logps(policy, collated(rows))
+    sums, _ = common.response_logps(policy, collated(rows, shared=shared))
     sums.sum().backward()
     assert sums.isfinite().all()
     for name, gradient in gradients(policy).items():
         assert gradient.isfinite().all(), name
 
 
+@LAYOUTS
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_batch_mates_and_padding_change_nothing(architecture, checkpoints):
+def test_batch_mates_and_padding_change_nothing(architecture, shared, checkpoints):
     rows = random_rows(RAGGED)
     policy = load(checkpoints(architecture))
     with torch.no_grad(), all_float64():
-        alone = [common.response_token_logps(policy, collated(rows, [b])) for b in range(4)]
+        alone = [common.response_token_logps(policy, collated(rows, [b], shared)) for b in range(4)]
         for order in ([0, 1, 2, 3], [3, 1, 0], [2, 0], [0, 0]):
-            together = common.response_token_logps(policy, collated(rows, order))
+            together = common.response_token_logps(policy, collated(rows, order, shared))
             for place, b in enumerate(order):
                 _, many, longest = alone[b].shape
                 found = together[place, :many, :longest]
                 torch.testing.assert_close(found, alone[b][0], rtol=0, atol=1e-9)
         # What stands in the padding is never looked at.
-        micro = collated(rows)
+        micro = collated(rows, shared=shared)
         expected, _ = common.response_logps(policy, micro)
         padding = torch.ones_like(micro.input_ids, dtype=torch.bool)
         for b, row in enumerate(rows):
+            if shared:
+                padding[b, : row.tokens()] = False
+                continue
             for k, response in enumerate(row.responses):
                 padding[b * micro.shape[1] + k, : len(row.prompt) + len(response)] = False
-        assert padding.any()
+        assert padding.any() and (~padding).sum() == micro.filled
         noise = torch.randint_like(micro.input_ids, 3, VOCABULARY)
         micro.input_ids = torch.where(padding, noise, micro.input_ids)
         found, _ = common.response_logps(policy, micro)
@@ -238,6 +255,7 @@ def test_which_tokens_count(checkpoints):
         assert sums[0, 0].item() == pytest.approx((without[0, 0] + end).item(), abs=1e-9)
 
 
+@LAYOUTS
 @pytest.mark.parametrize(
     "architecture, change",
     [
@@ -247,15 +265,168 @@ def test_which_tokens_count(checkpoints):
         ("mistral", {"sliding_window": 64}),
     ],
 )
-def test_windows_and_softcaps_are_felt(architecture, change, checkpoints):
+def test_windows_and_softcaps_are_felt(architecture, change, shared, checkpoints):
     """The tests above would see a softcap or a window that was left out."""
-    rows = random_rows(((30, (12,)),))
+    rows = random_rows(((30, (12, 9)),))
     policy = load(checkpoints(architecture))
     without = reference_model(checkpoints(architecture), torch.float64, **change)
     with torch.no_grad():
-        found = common.response_token_logps(policy, collated(rows))[0, 0]
-        other = plain(without, rows)[0, 0]
+        found = common.response_token_logps(policy, collated(rows, shared=shared))[0, 1, :9]
+        other = plain(without, rows)[0, 1]
     assert (found - other).abs().max() > 1e-5
+
+
+# -- one prompt for all of its responses: which attention, when, and when not
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("attn", ("eager", "sdpa", "flex_attention"))
+def test_every_attention_gives_the_same(architecture, attn, checkpoints, monkeypatch):
+    """Shared with each kind of attention against plain rows with the model's usual one.
+
+    flex_attention has no backward pass on a CPU, and is left uncompiled here.
+    """
+    if (architecture, attn) in (("gemma2", "sdpa"), ("gpt2", "flex_attention")):
+        pytest.skip("Transformers refuses it")
+    from torch.nn.attention import flex_attention as torch_flex
+    from transformers.integrations import flex_attention as hf_flex
+
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(
+        hf_flex,
+        "compile_friendly_flex_attention",
+        lambda *qkv, training, **more: torch_flex.flex_attention(*qkv, **more),
+    )
+    rows, policy = random_rows(RAGGED), load(checkpoints(architecture))
+    backward, flex = attn != "flex_attention", attn == "flex_attention"
+    weights = torch.linspace(-1.0, 2.0, 16, dtype=torch.float64).view(4, 4)
+    sums, grads = {}, {}
+    for shared in (False, True):
+        if shared:
+            policy.set_attn_implementation(attn)
+        length = 128 if shared and flex else 1  # what its blocks divide
+        micro = common.collate(common.Rows("", rows), [0, 1, 2, 3], CPU, shared, length)
+        policy.zero_grad()
+        with all_float64(), torch.set_grad_enabled(backward):
+            sums[shared], _ = common.response_logps(policy, micro)
+        if backward:
+            (weights * sums[shared]).sum().backward()
+        grads[shared] = {name: g.clone() for name, g in gradients(policy).items()}
+    torch.testing.assert_close(sums[True], sums[False], rtol=0, atol=1e-6 if flex else 1e-9)
+    assert bool(grads[True]) == backward
+    for name, gradient in grads[False].items():
+        torch.testing.assert_close(grads[True][name], gradient, rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(
+    "window, expected",
+    [
+        (None, ["a", "ab", "abc", "abcd", "abe", "ab."]),
+        # d is 3 positions after a. So is e by its index, but it is 2 by its position.
+        (3, ["a", "ab", "abc", "bcd", "abe", "ab."]),
+    ],
+)
+def test_the_mask_by_hand(window, expected, checkpoints):
+    """Prompt a b, responses c d and e, padding: who sees whom. flex too."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    policy = load(checkpoints("llama"))
+    row = common.Row(np.array([3, 4]), [np.array([5, 6]), np.array([7])], np.array([3, 4]))
+    micro = common.collate(common.Rows("", [row]), [0], CPU, True, 6)
+    mask = common._shared_mask(policy, micro, window)
+    seen = [[c for c, m in zip("abcde.", line, strict=True) if m == 0] for line in mask[0, 0]]
+    assert ["".join(line) for line in seen] == expected
+    policy.config._attn_implementation = "flex_attention"
+    blocks = common._shared_mask(policy, micro, window)
+    dense = create_mask(blocks.mask_mod, 1, None, 6, 6, "cpu")
+    assert torch.equal(dense[0, 0], mask[0, 0] == 0)
+
+
+def test_attention_that_cannot_be_is_refused_before_anything_is_loaded(checkpoints, monkeypatch):
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(common.UserError, match="--attn flex_attention.*CUDA"):
+        load(checkpoints("llama"), attn="flex_attention")
+    with pytest.raises(common.UserError, match="--attn sdpa.*softcap"):
+        load(checkpoints("gemma2"), attn="sdpa")
+
+
+def test_attention_asked_for_is_the_one_that_is_used(checkpoints):
+    implementation = lambda policy: policy.config._attn_implementation  # noqa: E731
+    assert implementation(load(checkpoints("llama"))) == "sdpa"
+    assert implementation(load(checkpoints("llama"), attn="eager")) == "eager"
+    assert implementation(load(checkpoints("gemma2"))) == "eager"
+
+
+@pytest.fixture(scope="session")
+def strange(tmp_path_factory):
+    """Models that read positions or windows off the index, and one that wants no positions."""
+    from transformers import AutoModelForCausalLM as Auto
+
+    small = {"vocab_size": 320, "eos_token_id": 1, "bos_token_id": 0}
+    configs = {
+        "gpt_neo": transformers.GPTNeoConfig(
+            hidden_size=32, num_layers=2, attention_types=[[["global", "local"], 1]],
+            num_heads=4, window_size=8, max_position_embeddings=128, **small,
+        ),
+        "bloom": transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, **small),
+        "mamba": transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, **small),
+    }  # fmt: skip
+    folders = {}
+    for name, config in configs.items():
+        folders[name] = tmp_path_factory.mktemp("strange") / name
+        torch.manual_seed(1)
+        config.initializer_range = 0.3
+        Auto.from_config(config).save_pretrained(folders[name])
+    return folders
+
+
+@pytest.mark.parametrize("name", ("gpt_neo", "bloom", "mamba"))
+def test_a_model_that_cannot_share_gets_plain_rows_and_a_line_says_so(name, strange, capsys):
+    policy = load(strange[name], "float32")
+    assert not policy.share_prompt
+    assert capsys.readouterr().out.count("a prompt goes through the model once for every") == 1
+    rows = common.Rows("", random_rows(((9, (4, 3)),)))
+    assert common.collate_for(policy, rows, [0]).segments is None
+    load(strange[name], "float32", share_prompt=False)
+    assert "once for every" not in capsys.readouterr().out  # not asked for, not missed
+
+
+def test_the_probe_is_as_long_as_the_longest_row(checkpoints, strange):
+    """GPT-Neo's window of 8 is not felt in rows of 8 tokens: there it may share."""
+
+    class Short(OneProcess):
+        lengths = [4, 8]
+
+    assert common.load_policy(str(strange["gpt_neo"]), "float32", Short()).share_prompt
+
+
+def test_sharing_is_chosen_where_it_costs_less(checkpoints):
+    policy = load(checkpoints("llama"))  # hidden 32: a key looked at is dear
+    layout = lambda *shape: (  # noqa: E731
+        common.collate_for(policy, common.Rows("", random_rows((shape,))), [0]).segments
+    )
+    assert layout(40, (5, 5)) is not None  # a long prompt
+    assert layout(2, (60, 60)) is None  # hardly a prompt
+    assert layout(40, (5,)) is None  # nobody to share with
+    policy.share_prompt = False
+    assert layout(40, (5, 5)) is None
+
+
+def test_an_adapter_on_the_head_is_refused(checkpoints):
+    """PEFT's wrapper has a `weight`, that of the layer below the adapter."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer, self.weight, self.bias = base, base.weight, base.bias
+
+        def forward(self, x):
+            return self.base_layer(x)
+
+    policy = load(checkpoints("llama"))
+    policy.lm_head = Adapted(policy.lm_head)
+    with pytest.raises(common.UserError, match="Adapted.*adapter"):
+        common.response_logps(policy, collated(random_rows(PAIRS)))
 
 
 # -- the last layer, by hand
@@ -266,15 +437,17 @@ BIAS = (0.1, -0.2, 0.3, 0.4)
 TARGETS = (2, 1)
 
 
+@HEADS
 @pytest.mark.parametrize("temperature", (1.0, 0.7))
 @pytest.mark.parametrize("scale", (1.0, 0.0625))
 @pytest.mark.parametrize("softcap", (None, 1.5))
 @pytest.mark.parametrize("bias", (None, BIAS))
-def test_token_logps_by_hand(bias, softcap, scale, temperature):
+def test_token_logps_by_hand(bias, softcap, scale, temperature, fused):
     """Scale, then softcap, then temperature, as the models themselves do; in plain floats."""
     tensor = lambda x: torch.tensor(x, dtype=torch.float64)  # noqa: E731
     head = common.Head(tensor(WEIGHT), None if bias is None else tensor(bias), softcap, scale)
-    found = common.token_logps(tensor(HIDDEN), head, torch.tensor(TARGETS), temperature)
+    hidden, targets = tensor(HIDDEN), torch.tensor(TARGETS)
+    found = common.token_logps(hidden, head, targets, temperature, fused)
     for h, target, logp in zip(HIDDEN, TARGETS, found.tolist(), strict=True):
         logits = []
         for w, b in zip(WEIGHT, bias or (0.0,) * 4, strict=True):
@@ -289,12 +462,18 @@ def test_token_logps_are_fp32_whatever_goes_in():
     """A bf16 log-softmax has two to three digits, less than a preference is worth."""
     hidden, weight = torch.randn(6, 8).bfloat16(), torch.randn(50, 8).bfloat16()
     targets = torch.arange(6)
-    logps = common.token_logps(hidden, common.Head(weight, None, None, 1.0), targets)
-    assert logps.dtype == torch.float32
-    logits = F.linear(hidden, weight).double()  # bf16 as the product gives it, exact from there on
-    expected = logits.log_softmax(-1)[range(6), targets]
+    head = common.Head(weight, None, None, 1.0)
     # One rounding for each of 50 exponentials and sums, relative to values of about 10.
-    assert (logps - expected).abs().max() < 50 * 10 * torch.finfo(torch.float32).eps
+    bound = 50 * 10 * torch.finfo(torch.float32).eps
+    logits = {  # as the plain product gives it in bf16, and exact
+        False: F.linear(hidden, weight).double(),
+        True: F.linear(hidden.double(), weight.double()),
+    }
+    for fused in (False, True):
+        logps = common.token_logps(hidden, head, targets, fused=fused)
+        assert logps.dtype == torch.float32
+        expected = logits[fused].log_softmax(-1)[range(6), targets]
+        assert (logps - expected).abs().max() < bound
 
 
 # -- a head that does something unknown

@@ -45,7 +45,8 @@ def _as_in_a_fresh_process(tmp_path, monkeypatch):
 @pytest.fixture
 def plain(monkeypatch):
     """Without report.py: curves and samples take longer than these runs."""
-    monkeypatch.setattr(common, "beside", lambda module: None)
+    beside = common.beside
+    monkeypatch.setattr(common, "beside", lambda name: None if name == "report" else beside(name))
 
 
 @pytest.fixture(scope="session")
@@ -268,7 +269,7 @@ def test_exported_settings_are_the_models_own(finished, script, architecture):
     if "rope_parameters" in before:  # where Transformers 4 looks for it
         theta = before["rope_parameters"]["rope_theta"]
         assert after["rope_theta"] == theta
-        assert theta == (50_000 if architecture in ("llama", "qwen2", "mistral") else 10_000)
+        assert theta == (50_000 if architecture in ("llama", "qwen2", "qwen3", "mistral") else 10_000)
     if architecture == "gpt_neox":
         assert (after["rotary_emb_base"], after["rotary_pct"]) == (10_000, 0.25)
     settings = json.loads((run.folder / "tokenizer_config.json").read_text())
@@ -377,6 +378,39 @@ def test_same_weights_with_other_micro_batches(checkpoints, pairs, plain, script
         assert train(METHODS[script], start, pairs, f"of-{size}", **flags) == 0
     assert_same_weights("of-8", "of-4", start)
     assert_same_weights("of-8", "of-1", start)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_sharing_and_fusion_change_nothing_but_the_speed(checkpoints, pairs, plain, architecture):
+    """20 steps in fp32, each on and off: the losses agree to 1e-5. As many tokens are learnt from,
+    and a prompt is computed once instead of twice.
+    """
+    same = {"max_steps": 20, "epochs": None, "eval_every": 0, "save_every": 0, "lr": 2e-4}
+    losses = {}
+    for share in (True, False):
+        for fused in (True, False):
+            folder = f"share-{share}-fused-{fused}"
+            how = {"share_prompt": share, "fused_logps": fused, "cache_dir": folder + "-cache"}
+            assert train(dpo, checkpoints(architecture), pairs, folder, **how, **same) == 0
+            losses[share, fused] = [step["loss"] for step in steps_of(folder)]
+    first = losses[False, False]
+    assert len(first) == 20 and first[-1] < first[0] - 0.01
+    for other in losses.values():
+        assert max(abs(a - b) for a, b in zip(first, other, strict=True)) < 1e-5
+    # None of the four is another by accident.
+    assert len({tuple(x) for x in losses.values()}) == 4
+
+
+def test_padding_is_logged_and_small(checkpoints, pairs, plain):
+    """Rows of like length go together, so that less is padding than by chance."""
+    shares = {}
+    for micro in (8, 2):
+        train(dpo, checkpoints("llama"), pairs, f"micro-{micro}", micro_batch_size=micro)
+        shares[micro] = [step["padding"] for step in steps_of(f"micro-{micro}")]
+        assert all(0 <= share < 0.5 for share in shares[micro])
+    assert sum(shares[2]) < 0.5 * sum(shares[8])
+    train(dpo, checkpoints("llama"), pairs, "alone", batch_size=1, micro_batch_size=1)
+    assert all(step["padding"] == 0 for step in steps_of("alone"))
 
 
 @pytest.mark.slow
