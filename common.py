@@ -1882,9 +1882,18 @@ def _size(path: Path) -> int:
 def beside(module: str) -> Any:
     """A module that stands beside this file, or None where only this file was copied."""
     from importlib import import_module
+    from importlib.util import module_from_spec, spec_from_file_location
 
     file = HERE / f"{module.replace('.', '/')}.py"
-    return import_module(module) if file.is_file() else None
+    if not file.is_file():
+        return None
+    if "." not in module or module in sys.modules:
+        return import_module(module)
+    # By its path: Transformers may have installed a package that is called `kernels` too.
+    spec = spec_from_file_location(module, file)
+    sys.modules[module] = loaded = module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
 def progress_bar(over: Any, label: str, **more: Any):

@@ -6,6 +6,9 @@ texts.
 """
 
 import math
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -509,3 +512,56 @@ def test_a_softcap_under_another_name_is_refused(dtype, checkpoints, monkeypatch
     monkeypatch.setattr(common, "head_of", lambda policy: replace(head_of(policy), softcap=None))
     with pytest.raises(common.UserError, match="Gemma2ForCausalLM"):
         load(checkpoints("gemma2"), dtype)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # a newer name, which 5.17 does not have
+@pytest.mark.parametrize("architecture", ("llama", "gemma2", "gpt2"))
+def test_gradient_checkpointing_sees_the_same_mask(architecture, checkpoints):
+    """The body computed a second time in the backward pass, behind a shared prompt as well."""
+    policy, micro = load(checkpoints(architecture)), collated(random_rows(RAGGED), shared=True)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            policy.train()  # only then; these models' dropout is set to 0
+            for module in policy.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.zero_grad()
+        sums, _ = common.response_logps(policy, micro)
+        sums.square().sum().backward()
+        found.append({name: g.clone() for name, g in gradients(policy).items()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-9, msg=name)
+
+
+# -- kernels/
+
+
+def test_kernels_are_found_beside_a_package_of_that_name(tmp_path):
+    """Hugging Face publishes one called `kernels`, which Transformers imports where it is there."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n")
+    code = (
+        "import kernels, common; ours = common.beside('kernels.token_logps'); "
+        "assert kernels.theirs and common.beside('kernels.token_logps') is ours; "
+        "print(ours.__file__)"
+    )
+    path = os.pathsep.join([str(tmp_path), str(common.HERE)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == str(common.HERE / "kernels" / "token_logps.py"), done.stderr
+
+
+def test_without_kernels_the_plain_version_serves(checkpoints, monkeypatch, tmp_path):
+    policy, micro = load(checkpoints("gemma2"), "float32"), collated(random_rows(PAIRS))
+    fused, _ = common.response_logps(policy, micro)
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    plain, _ = common.response_logps(policy, micro)
+    assert common.beside("kernels.token_logps") is None
+    torch.testing.assert_close(fused, plain, rtol=0, atol=1e-4)
