@@ -1723,8 +1723,8 @@ def add_reference_logps(
         run.world,
     ]
     facts += [torch.__version__, torch.get_num_threads()]
-    sources = [Path(__file__).resolve(), *sorted((HERE / "kernels").glob("*.py"))]
-    facts += [file_hash(source) for source in sources]
+    sources = [Path(__file__).resolve(), HERE / "kernels" / "token_logps.py"]
+    facts += [file_hash(source) for source in sources if source.is_file()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     facts += [_version("transformers"), gpu, torch.are_deterministic_algorithms_enabled()]
     facts += [[rows.digest(), micros] for rows, micros in parts.values()]
@@ -1796,9 +1796,9 @@ def make_optimizer(
         {"params": vectors, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return (
-        torch.optim.AdamW(groups, lr=lr) if name == "adamw" else torch.optim.RMSprop(groups, lr=lr)
-    )
+    if name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)  # one pass, no copies of all parameters
 
 
 def schedule_factor(schedule: str, warmup_ratio: float, step: int, total: int) -> float:
@@ -1855,9 +1855,10 @@ def set_optimizer_tensors(
     parameters = dict(policy.named_parameters())
     for full_name, value in saved.items():
         key, name = full_name.split("|", 1)
-        # `step` is a counter that lives on the CPU; the rest is shaped like its parameter and lives
-        # beside it.
-        device = "cpu" if key == "step" else parameters[name].device
+        # All is shaped like its parameter and lives beside it, but for `step`: a counter, on the
+        # CPU unless the optimizer's own kernel counts.
+        beside_it = key != "step" or optimizer.defaults.get("fused")
+        device = parameters[name].device if beside_it else "cpu"
         optimizer.state[parameters[name]][key] = value.to(device)
 
 

@@ -269,7 +269,8 @@ def test_exported_settings_are_the_models_own(finished, script, architecture):
     if "rope_parameters" in before:  # where Transformers 4 looks for it
         theta = before["rope_parameters"]["rope_theta"]
         assert after["rope_theta"] == theta
-        assert theta == (50_000 if architecture in ("llama", "qwen2", "qwen3", "mistral") else 10_000)
+        asked = architecture in ("llama", "qwen2", "qwen3", "mistral")
+        assert theta == (50_000 if asked else 10_000)
     if architecture == "gpt_neox":
         assert (after["rotary_emb_base"], after["rotary_pct"]) == (10_000, 0.25)
     settings = json.loads((run.folder / "tokenizer_config.json").read_text())
