@@ -29,7 +29,8 @@ Why it is built so:
 
 Without Triton, or on a CPU, the same two passes go through PyTorch's own operations, in place on a
 tile; bf16 is then multiplied in fp32. No second derivative. A target that is no token gives NaN.
-On its own: python -m pytest tests/test_kernels.py. Tested with torch 2.13, Triton 3.6.0 and 3.7.1.
+On its own: python -m pytest tests/test_kernels.py. Tested with torch 2.13 on CPUs; the kernels with
+Triton 3.6.0 and 3.7.1, interpreted and compiled for sm_80 and sm_90, but not on a GPU so far.
 """
 
 import itertools
