@@ -7,8 +7,8 @@ that method's file.
 
 A row of data is always the same thing: a prompt and its K responses. A method is a function of the
 (B, K) matrix of response log-probs. With this file, one method file, a JSONL and a local model,
-training works; `report.py` (curves, samples, the closing block), `generation.py`, `sources.py`
-(short names, hubs) and `family.py` are used where they are.
+training works; `kernels/` (fused log-probs), `report.py` (curves, samples, the closing block),
+`generation.py`, `sources.py` (short names, hubs) and `family.py` are used where they are.
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers
 5.23.
@@ -1315,6 +1315,8 @@ def load_policy(
 
         torch.manual_seed(torch.initial_seed())  # whatever was drawn before
         policy = family.untrained_model()
+        if attention := _attention_for(policy.config, attn, run.device):
+            policy.set_attn_implementation(attention)
     else:
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -1350,8 +1352,13 @@ def load_policy(
         dist.broadcast(tensor, 0)
     _check_head(policy, model)
     policy.fused_logps = fused_logps
-    refusal = _refusal_to_share(policy, max(getattr(run, "lengths", None) or [64]))
+    longest = max(getattr(run, "lengths", None) or [64])
+    refusal = _refusal_to_share(policy, longest) if share_prompt else None
     policy.share_prompt = share_prompt and not refusal
+    if policy.config._attn_implementation == "flex_attention":
+        # It is compiled for each batch size, window and layout, with gradients and without. Past
+        # the usual limit of 8 it would go on in a form that holds all scores.
+        torch._dynamo.config.recompile_limit = 64
     size = sum(p.numel() for p in policy.parameters())
     attention, weights = policy.config._attn_implementation, next(policy.parameters()).dtype
     say(
@@ -1359,7 +1366,7 @@ def load_policy(
         f"{size / 1e6:,.1f} M parameters, weights {weights}, computes in {dtype}, "
         f"{attention} attention",
     )
-    if share_prompt and refusal:
+    if refusal:
         say("", f"a prompt goes through the model once for every response: {refusal}")
     return policy
 
@@ -1434,18 +1441,27 @@ def _refusal_to_share(policy: nn.Module, longest: int) -> str | None:
     """
     if other := {*_windows(policy.config)} - {"full_attention", "sliding_attention"}:
         return f"the model has {', '.join(sorted(other))} layers"
-    if policy.config._attn_implementation not in ("eager", "sdpa", "flex_attention"):
-        return f"{policy.config._attn_implementation} takes no mask of its own"
+    attention = policy.config._attn_implementation
+    if attention not in ("eager", "sdpa", "flex_attention"):
+        return f"{attention} takes no mask of its own"
     rng, third = np.random.default_rng(0), max(2, longest // 3)
     draw = lambda n: rng.integers(0, policy.config.vocab_size, n).astype(np.int32)  # noqa: E731
+    # Far behind the first response, so that an index taken for a position is felt.
     rows = Rows("", [Row(draw(third), [draw(third), draw(third - 1)], draw(1))])
     try:
+        if attention == "flex_attention":  # what it would be compiled for here is used nowhere else
+            policy.set_attn_implementation("eager")
         one, two = (
             hidden_before_responses(policy, collate(rows, [0], policy.device, share))
             for share in (True, False)
         )
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
         return f"{type(policy).__name__} does not take a mask and positions ({first_line(error)})"
+    finally:
+        if attention == "flex_attention":
+            policy.set_attn_implementation(attention)
     # fp32 rounding is 1e-6 of that; a wrong mask or position 0.1 and more.
     if not (one - two).abs().max() <= 1e-3 * two.abs().max():
         return f"{type(policy).__name__} does not use the mask and positions that it is given"
@@ -1642,11 +1658,13 @@ def _shared_mask(policy: nn.Module, micro: Micro, window: int | None) -> Any:
     window of *positions* back (of indexes, the second response would be too far from the prompt).
     """
     segments, positions = micro.segments, micro.positions  # (B, L)
+    # A tensor also where there is none, so that flex_attention compiles once for both kinds.
+    most = torch.tensor(window or segments.shape[1], device=segments.device)
 
     def sees(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         of_key = segments[b, k]
         seen = (k <= q) & ((of_key == 0) | (of_key == segments[b, q]))
-        return seen & (positions[b, q] - positions[b, k] < window) if window else seen
+        return seen & (positions[b, q] - positions[b, k] < most)
 
     batch, length = segments.shape
     if policy.config._attn_implementation == "flex_attention":
@@ -1656,7 +1674,10 @@ def _shared_mask(policy: nn.Module, micro: Micro, window: int | None) -> Any:
     index = torch.arange(length, device=segments.device)
     seen = sees(torch.arange(batch, device=index.device)[:, None, None], 0, index[:, None], index)
     # Added to the scores, so that one mask does for sdpa and eager. Finite, so that no row is NaN.
-    mask = torch.zeros(seen.shape, dtype=policy.compute_dtype, device=index.device)
+    low = torch.is_autocast_enabled(index.device.type)  # of the scores' dtype: sdpa takes no other
+    mask = torch.zeros(
+        seen.shape, dtype=policy.compute_dtype if low else policy.dtype, device=index.device
+    )
     return mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)[:, None]  # (B, 1, L, L)
 
 
@@ -1727,8 +1748,11 @@ def add_reference_logps(
     facts += [file_hash(source) for source in sources if source.is_file()]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     facts += [_version("transformers"), gpu, torch.are_deterministic_algorithms_enabled()]
+    names = ("_name_or_path", "transformers_version", "plainpref")
+    facts += [{k: v for k, v in reference.config.to_dict().items() if k not in names}]
+    facts += [_version("triton")]
     facts += [[rows.digest(), micros] for rows, micros in parts.values()]
-    key.update(json.dumps(facts).encode())
+    key.update(json.dumps(facts, default=str).encode())
     file = Path(cache_dir or Path("runs") / ".cache") / f"ref-{key.hexdigest()[:24]}.safetensors"
 
     if from_main(lambda: {"there": file.is_file()})["there"]:
@@ -1892,8 +1916,9 @@ def beside(module: str) -> Any:
         return import_module(module)
     # By its path: Transformers may have installed a package that is called `kernels` too.
     spec = spec_from_file_location(module, file)
-    sys.modules[module] = loaded = module_from_spec(spec)
+    loaded = module_from_spec(spec)
     spec.loader.exec_module(loaded)
+    sys.modules[module] = loaded
     return loaded
 
 

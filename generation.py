@@ -30,7 +30,9 @@ def generate(
     """One response a prompt, on every process; a response that reached its end has the stop token
     at its end.
     """
-    if policy.dtype == torch.float64 and policy.config._attn_implementation == "eager":
+    softcap = getattr(policy.config, "attn_logit_softcapping", None)
+    eager = policy.config._attn_implementation == "eager" or softcap
+    if policy.dtype == torch.float64 and eager:
         batch_size = 1  # Transformers' eager softmax is fp32: there a row of padding alone is NaN
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     parts = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]

@@ -116,7 +116,7 @@ def main(args: Args) -> None:
     )  # fmt: skip
     run.plan(train)
     policy = common.load_policy(
-        args.model, args.dtype, run, args.attn, fused_logps=args.fused_logps
+        args.model, args.dtype, run, args.attn, share_prompt=False, fused_logps=args.fused_logps
     )
     optimizer = common.make_optimizer(policy, args.optimizer, args.lr, args.weight_decay)
     run.restore(policy, optimizer)

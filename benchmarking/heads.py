@@ -1,4 +1,4 @@
-"""Who takes part in kernels/bench.py: ours, the plain ways, and other people's heads where installed.
+"""Who takes part in kernels/bench.py: ours, the plain ways, other people's heads where installed.
 
 All are asked for the same: a DPO loss (without a reference) of S sequences whose last R tokens are
 scored, and through it the gradient of hidden states and weight. `truth_of` has the same in float64.
@@ -27,6 +27,11 @@ MODELS = {  # hidden size, vocabulary, softcap of the logits
     "tinyllama": (2048, 32_000, None),
     "eurollm-1.7b": (2048, 128_000, None),
     "llama-3.2-1b": (2048, 128_256, None),
+    # The same vocabularies with a softcap where there is none, and without where there is one.
+    "gpt2-capped": (768, 50_257, 30.0),
+    "gemma-2-2b-uncapped": (2304, 256_000, None),
+    "tinyllama-capped": (2048, 32_000, 30.0),
+    "llama-3.2-1b-capped": (2048, 128_256, 30.0),
     "toy": (64, 1000, None),
     "toy-capped": (64, 1000, 5.0),
 }

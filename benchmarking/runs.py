@@ -174,6 +174,7 @@ def run_ours(
     )
     with contextlib.redirect_stdout(io.StringIO()):
         policy = common.load_policy(str(folder), args.dtype, place, args.attn, share, fused)
+    assert policy.share_prompt == share  # else the model refused, and "shared" would be a lie
     optimizer = common.make_optimizer(policy, "adamw", LR, 0.0)
     parameters = list(policy.parameters())
     batches = [list(range(at, at + args.pairs)) for at in range(0, len(rows), args.pairs)]

@@ -56,7 +56,11 @@ ON_CPU: dict[str, Size] = {
     "tinyllama": (4, 200, 32), "llama-3.2-1b": (2, 100, 32),
 }  # fmt: skip
 QUICK = {"gpt2": (2, 60, 16), "toy": (4, 24, 8), "toy-capped": (4, 24, 8)}
+CPU_SHAPES = tuple(ON_CPU)  # the rest is run where it is asked for
+ON_CPU |= {f"{name}-capped": ON_CPU[name] for name in ("gpt2", "tinyllama", "llama-3.2-1b")}
+ON_CPU["gemma-2-2b-uncapped"] = ON_CPU["gemma-2-2b"]
 ON_CUDA = "gemma-2-2b tinyllama eurollm-1.7b gpt2 llama-3.2-1b".split()
+ON_CUDA += "gemma-2-2b-uncapped llama-3.2-1b-capped tinyllama-capped gpt2-capped".split()
 TOKENS = (64, 128, 256, 512, 2048, 8192)
 # What float64 may differ by: log-prob of a sequence (nats), gradients (relative). In bf16 whoever
 # rounds the logits is off by tenths of a nat, and that is measured, not refused.
@@ -235,7 +239,8 @@ def main(args: Options) -> None:
     args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     args.rounds = min(args.rounds, 2) if args.quick else args.rounds
     sizes = QUICK if args.quick else ON_CPU
-    names = args.shapes or (ON_CUDA if cuda and not args.quick else tuple(sizes))
+    usual = tuple(QUICK) if args.quick else tuple(ON_CUDA) if cuda else CPU_SHAPES
+    names = args.shapes or usual
     report = Report(args.markdown)
     header(report, args.device, "python -m kernels.bench " + " ".join(sys.argv[1:]))
     floor = rates() if cuda else None

@@ -7,8 +7,8 @@
 
 The plain way holds logits, log-softmax and their gradients in fp32: 8.4 GB each at V = 256,000 and
 T = 8192. Here one tile of 32 MB in fp32 is used again and again, and beside it stand, at that
-shape and H = 2304: a maximum and a sum for every 1024 columns, 25 MB each; dh in fp32, 75 MB; a
-slice of dz in bf16, 134 MB; and what is kept for the gradient, in bf16, `keep_bytes` at most.
+shape and H = 2304: a maximum and a sum for every 1024 columns, 25 MB; dh in fp32, 75 MB; a slice
+of dz in bf16, 134 MB; and what is kept for the gradient, in bf16, `keep_bytes` at most.
 
 Why it is built so:
 
@@ -47,7 +47,7 @@ except ImportError:  # not Linux
     triton = None
 
 IGNORED = -100  # as in F.cross_entropy
-SLICE = 8192  # columns of the vocabulary at a time; (8192, 2304) in bf16 stays in the cache too
+SLICE = 8192  # columns of the vocabulary at a time
 TILE = 2**23  # elements of the fp32 tile: 32 MB, which the cache of an A100 or H100 holds
 BLOCK, WARPS = 1024, 4  # columns a program: 8 a thread, which stay in registers
 PAD = 16  # rows of tiles begin at multiples of this: with V = 50,257 the last ones were unaligned
@@ -104,13 +104,15 @@ if triton is not None:
         tile,  # (rows, width) fp32 products; their rows, like those of kept, are `stride` apart
         bias,  # (V,) fp32
         targets,  # (T,)
-        kept,  # out, with KEEP: exponentials (T, width), from element kept_at on
+        kept,  # out: exponentials (T, width), from element kept_at on
         parts,  # out: (3, T, blocks) fp32 m, Σ exp(z - m), and for the entropy Σ (z - m) exp(z - m)
         z_target,  # out: (T,) fp32
-        kept_at, first, tokens, at, width, stride, blocks,  # first: the tile's first row of the T
+        # keep: columns to keep, width or 0. Not a constant of the compiler, because the store has a
+        # say in how sums are split over threads: scoring would differ from training in its bits.
+        # first: the tile's first row of the T.
+        kept_at, first, tokens, at, width, stride, blocks, keep,
         scale, softcap, cooling,
         BLOCK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
-        KEEP: tl.constexpr,
     ):  # fmt: skip
         in_tile, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
         row = first + in_tile
@@ -132,9 +134,8 @@ if triton is not None:
         target = tl.load(targets + row) - at
         mine = (target >= begin) & (target < tl.minimum(begin + BLOCK, width))
         tl.store(z_target + row, tl.sum(tl.where(columns == target, z, 0.0), 0), mask=mine)
-        if KEEP:
-            kept += kept_at + row * stride
-            tl.store(kept + columns, e.to(kept.dtype.element_ty), mask=columns < width)
+        kept += kept_at + row * stride
+        tl.store(kept + columns, e.to(kept.dtype.element_ty), mask=columns < keep)
 
     @triton.jit
     def dlogits_kernel(
@@ -181,10 +182,11 @@ if triton is not None:
         pointers = {"targets": "*i64", "kept": dtype, "out": dtype}
         pointers["source"] = dtype if flags.get("KEPT") else "*fp32"
         pointers |= dict.fromkeys(("tile", "bias", "parts", "z_target", "of_row"), "*fp32")
-        numbers = dict.fromkeys(("first", "tokens", "at", "width", "stride", "blocks"), "i32")
+        whole = ("first", "tokens", "at", "width", "stride", "blocks", "keep")
+        numbers = dict.fromkeys(whole, "i32")
         numbers |= {"kept_at": "i64", "source_at": "i64"}
         numbers |= dict.fromkeys(("scale", "softcap", "cooling"), "fp32")
-        aligned = {*pointers, "kept_at", "source_at", "at", "width", "stride"}
+        aligned = {*pointers, "kept_at", "source_at", "at", "width", "stride", "keep"}
         return {
             "kernel": kernel,
             "types": {n: t for n, t in (pointers | numbers).items() if n in kernel.arg_names},
@@ -194,10 +196,11 @@ if triton is not None:
             "num_stages": 3,
         }
 
-    for dtype, stays, rest in itertools.product(("*bf16", "*fp32"), (True, False), (False, True)):
+    for dtype, rest in itertools.product(("*bf16", "*fp32"), (False, True)):
         flags = dict(BIAS=rest, SOFTCAP=rest, ENTROPY=rest)  # GPT-2, Llama; everything
-        COMPILED.append(variant(fold_kernel, dtype, **flags, KEEP=stays))
-        COMPILED.append(variant(dlogits_kernel, dtype, **flags, KEPT=stays))
+        COMPILED.append(variant(fold_kernel, dtype, **flags))
+        for stays in (True, False):
+            COMPILED.append(variant(dlogits_kernel, dtype, **flags, KEPT=stays))
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # the kernels, on CPU tensors
 
@@ -393,8 +396,9 @@ def forward(
                     fold_kernel[(many, -(-width // block))](
                         tile, b, y, kept, parts, z_target,
                         tokens * at, first, tokens, at, width, padded(width), parts.shape[2],
-                        scale, softcap, 1 / temperature, BLOCK=block, BIAS=bias is not None,
-                        SOFTCAP=softcap > 0, ENTROPY=entropy, KEEP=keep, num_warps=WARPS,
+                        width if keep else 0, scale, softcap, 1 / temperature, BLOCK=block,
+                        BIAS=bias is not None, SOFTCAP=softcap > 0, ENTROPY=entropy,
+                        num_warps=WARPS,
                     )  # fmt: skip
                 else:
                     here = None if bias is None else b[at : at + width]

@@ -190,6 +190,18 @@ def test_forbidden_tokens_agree(small, keep):
     assert all(x.isfinite().all() for x in problem.solve(problem.ours, keep=keep))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_scoring_and_training_agree_to_the_bit(small, dtype):
+    """The reference is asked without gradients: were its log-probs others than the policy's in
+    their last bits, the first loss would not be ln 2.
+    """
+    problem = Problem((37, 48, 1001), dtype)
+    with torch.no_grad():
+        scored = problem.ours(*problem.inputs)[0].double()
+    for keep in KEEP:
+        assert torch.equal(scored, problem.solve(problem.ours, keep=keep)[0])
+
+
 def test_no_tokens_agree(small):
     problem = Problem((0, 33, 301), torch.float32, entropy=True, bias=True)
     *outputs, hidden, weight, bias = problem.solve(problem.ours)
@@ -373,6 +385,8 @@ def test_on_a_gpu(name, dtype, keep):
     assert_as_good([problem], keep=keep)
     once, again = (problem.solve(problem.ours, keep=keep) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    with torch.no_grad():
+        assert torch.equal(problem.ours(*problem.inputs)[0].double(), once[0])
 
 
 @pytest.mark.gpu

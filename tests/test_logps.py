@@ -175,6 +175,7 @@ def test_low_precision_is_no_worse_than_plain(architecture, dtype, fused, shared
     """
     rows = random_rows(PAIRS * 4)
     policy = load(checkpoints(architecture), dtype, fused_logps=fused)
+    assert policy.share_prompt  # in low precision as well
     low = reference_model(checkpoints(architecture), torch.float32)
     with torch.no_grad():
         with all_float64():
@@ -533,6 +534,41 @@ def test_gradient_checkpointing_sees_the_same_mask(architecture, checkpoints):
         found.append({name: g.clone() for name, g in gradients(policy).items()})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-9, msg=name)
+
+
+# -- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("attn", ("auto", "eager", "sdpa", "flex_attention"))
+@pytest.mark.parametrize("architecture", ("llama", "gemma2", "mistral", "qwen3"))
+def test_sharing_on_a_gpu(architecture, attn, dtype, checkpoints):
+    """Shared and plain rows, forward and backward, as `--attn` and `--dtype` give them."""
+    if (architecture, attn) == ("gemma2", "sdpa"):
+        pytest.skip("refused")
+
+    class Gpu(OneProcess):
+        device = torch.device("cuda")
+
+    policy = common.load_policy(str(checkpoints(architecture)), dtype, Gpu(), attn)
+    assert policy.share_prompt
+    flex = attn == "flex_attention"
+    weights = torch.linspace(-1.0, 2.0, 16, device="cuda").view(4, 4)
+    sums, grads = [], []
+    for shared in (False, True):
+        rows = common.Rows("", random_rows(RAGGED))
+        length = 128 if shared and flex else 1
+        micro = common.collate(rows, [0, 1, 2, 3], policy.device, shared, length)
+        policy.zero_grad()
+        sums.append(common.response_logps(policy, micro)[0])
+        (weights * sums[-1]).sum().backward()
+        grads.append({name: g.clone() for name, g in gradients(policy).items()})
+    # Of sums of up to 30 log-probs of about 6 nats, and of their gradients' norms.
+    close = {"float32": 1e-4, "bfloat16": 3e-2}[dtype]
+    assert ((sums[0] - sums[1]).abs() <= close * (1 + sums[0].abs())).all()
+    for name, gradient in grads[0].items():
+        assert (grads[1][name] - gradient).norm() <= 5 * close * (gradient.norm() + 1e-3), name
 
 
 # -- kernels/
