@@ -559,7 +559,7 @@ class Run(Processes):
             peak_memory_gib=peak_memory(),
         )
         shown = {n: f"{metrics[n]:.3f}" for n in ("loss", "rewards/accuracies") if n in metrics}
-        self.bar.set_postfix(shown | {"tok/s": f"{tokens / seconds:,.0f}"})
+        self.bar.set_postfix(shown | {"tok/s": f"{tokens / seconds:,.0f}"}, refresh=False)
         self.bar.update()
         if self.skipped_in_a_row >= 3:
             raise UserError(

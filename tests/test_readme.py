@@ -35,6 +35,7 @@ def test_every_flag_that_is_named_exists():
         known |= {"--" + name.replace("_", "-") for name in fields}
     others = {"--nproc_per_node", "--shutdown-timeout", "--index-url"}  # torchrun's and pip's
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - others
+    named = {name.replace("--no-", "--") for name in named}  # how a switch is turned off
     assert named and not named - known
 
 
