@@ -99,7 +99,7 @@ from conftest import ARCHITECTURES, ROOT, make_tokenizer, pair_rows, write_jsonl
 pytestmark = pytest.mark.slow
 OLD = ("transformers==4.57.*", "tokenizers>=0.22,<0.23", "huggingface_hub>=0.34,<1")
 # What version 5 writes under other names, besides the architectures of the other tests.
-MORE = ("llama-scaled", "llama-turns", "family", "gemma3", "qwen3", "phi", "phi3")
+MORE = ("llama-scaled", "llama-turns", "family", "gemma3", "phi", "phi3")
 
 
 def make_more(name: str, folder: Path) -> Path:
@@ -144,8 +144,6 @@ def make_more(name: str, folder: Path) -> Path:
         turns = ["<start_of_turn>", "<end_of_turn>"]
         tokenizer.add_special_tokens({"extra_special_tokens": turns})
         model = hf.LlamaForCausalLM(hf.LlamaConfig(rope_parameters=rope, **shared))
-    elif name == "qwen3":
-        model = hf.Qwen3ForCausalLM(hf.Qwen3Config(head_dim=8, rope_parameters=rope, **shared))
     elif name == "phi":  # turns only a part of each head
         rope |= {"partial_rotary_factor": 0.25}
         model = hf.PhiForCausalLM(hf.PhiConfig(rope_parameters=rope, **shared))
