@@ -331,7 +331,7 @@ class Run(Processes):
             return {"folder": str(self.folder), "finished": True}
         (self.folder / "summary.txt").unlink(missing_ok=True)
         write_atomically(self.folder / "run.json", json.dumps(record, indent=1) + "\n")
-        for source in (self.script, HERE / "common.py"):
+        for source in self._sources():
             write_atomically(self.folder / source.name, source.read_text())
         say("run", f"{self.folder}, {self.world} process(es) on {self.device.type}")
         return {"folder": str(self.folder), "finished": False}
@@ -364,7 +364,7 @@ class Run(Processes):
     def _refuse_other_run(self, old: dict) -> None:
         new = self._describe()
         if self.script.name not in old["source"]:
-            theirs = " and ".join(name for name in old["source"] if name != "common.py")
+            theirs = next(iter(old["source"]))
             raise UserError(f"{self.folder} holds a run of {theirs}; --output-dir names another")
         differ = []
         for name in sorted({*old["arguments"], *new["arguments"]}.difference(BOOKKEEPING)):
@@ -387,6 +387,11 @@ class Run(Processes):
         steady = self.args.schedule == "constant" and not self.args.warmup_ratio
         return steady and was is not None and now is not None and was <= now
 
+    def _sources(self) -> list[Path]:
+        """What computes the weights: the script first."""
+        kernel = HERE / "kernels" / "token_logps.py"
+        return [self.script, HERE / "common.py", *([kernel] if kernel.is_file() else [])]
+
     def _describe(self) -> dict:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
         return {
@@ -394,12 +399,13 @@ class Run(Processes):
             "arguments": dataclasses.asdict(self.args),
             "from": self.origin,
             "processes": self.world,
-            "source": {p.name: file_hash(p) for p in (self.script, HERE / "common.py")},
+            "source": {p.name: file_hash(p) for p in self._sources()},
             "commit": _git_commit(),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "transformers": _version("transformers"),
+                "triton": _version("triton"),
             },
             "hardware": gpu or f"{platform.machine()}, {os.cpu_count()} cores",
         }
@@ -478,7 +484,7 @@ class Run(Processes):
             torch.manual_seed(hash_of(self.args.seed, self.step, self.rank))
             micros = self.step_rows(self.step)
             rows = [data.rows[i] for micro in micros for i in micro]
-            self.clock, self.tokens, self.slots, self.filled = time.perf_counter(), 0, 0, 0
+            self.clock, self.tokens, self.places, self.filled = time.perf_counter(), 0, 0, 0
             yield Batch(
                 (self._collated(data, indexes) for indexes in micros[self.rank :: self.world]),
                 prompts=len(rows),
@@ -490,7 +496,7 @@ class Run(Processes):
     def _collated(self, data: Rows, indexes: list[int]) -> Micro:
         micro = collate_for(self.policy, data, indexes)
         self.tokens += micro.tokens
-        self.slots += micro.input_ids.numel()
+        self.places += micro.input_ids.numel()
         self.filled += micro.filled
         return micro
 
@@ -534,8 +540,8 @@ class Run(Processes):
         sum_gradients(parameters)
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         factor = schedule_factor(args.schedule, args.warmup_ratio, self.step, self.total_steps)
-        metrics, (tokens, slots, filled, signalled) = self._reduce(
-            self.tokens, self.slots, self.filled, self.signal
+        metrics, (tokens, places, filled, signalled) = self._reduce(
+            self.tokens, self.places, self.filled, self.signal
         )
         finite = bool(norm.isfinite()) and np.isfinite(metrics.get("loss", 0.0))
         if finite:
@@ -554,7 +560,7 @@ class Run(Processes):
             lr=args.lr * factor,
             skipped=int(not finite),
             tokens_per_second=tokens / seconds,
-            padding=1 - filled / slots,
+            padding=1 - filled / places,
             seconds_per_step=seconds,
             peak_memory_gib=peak_memory(),
         )

@@ -354,6 +354,20 @@ def test_attention_that_cannot_be_is_refused_before_anything_is_loaded(checkpoin
         load(checkpoints("gemma2"), attn="sdpa")
 
 
+def test_attention_that_a_model_does_not_have_is_refused_by_name(checkpoints, monkeypatch):
+    """As on CUDA, where --attn flex_attention gets as far as Transformers, which has none there."""
+    monkeypatch.setattr(common, "_attention_for", lambda config, attn, device: attn)
+    with pytest.raises(common.UserError, match="--attn flex_attention: .*gpt2 cannot take it"):
+        load(checkpoints("gpt2"), attn="flex_attention")
+
+
+def test_attention_of_the_embedded_model(checkpoints):
+    assert load("tiny-untrained").config._attn_implementation == "sdpa"
+    assert load("tiny-untrained", attn="eager").config._attn_implementation == "eager"
+    with pytest.raises(common.UserError, match="CUDA"):
+        load("tiny-untrained", attn="flex_attention")
+
+
 def test_attention_asked_for_is_the_one_that_is_used(checkpoints):
     implementation = lambda policy: policy.config._attn_implementation  # noqa: E731
     assert implementation(load(checkpoints("llama"))) == "sdpa"

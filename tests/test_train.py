@@ -215,6 +215,7 @@ def test_two_steps(finished, script, architecture):
     after = load_file(run.folder / "model.safetensors")
     assert [name for name in before if torch.equal(before[name], after[name])] == []
     files = {"samples.jsonl", "curves.png", "run.json", f"{script}.py", "common.py", "summary.txt"}
+    files.add("token_logps.py")
     assert files <= {p.name for p in run.folder.iterdir()}
     left_over = [p.name for p in run.folder.iterdir() if "tmp" in p.name]
     assert left_over == []
@@ -754,6 +755,18 @@ def test_changed_source_is_refused(checkpoints, pairs, plain, tmp_path):
     mine = the_script()
     with pytest.raises(common.UserError, match="dpo_of_mine.py has changed since"):
         mine.main(mine.Args(**flags))
+
+
+def test_changed_kernel_is_refused(checkpoints, pairs, plain, monkeypatch):
+    """It moves digits too, so it is among the sources of the run, and its copy in the folder."""
+    train(dpo, checkpoints("llama"), pairs, "out")
+    assert Path("out/token_logps.py").read_text() == (ROOT / "kernels/token_logps.py").read_text()
+    hash_of_file = common.file_hash
+    monkeypatch.setattr(
+        common, "file_hash", lambda p: "other" if p.name == "token_logps.py" else hash_of_file(p)
+    )
+    with pytest.raises(common.UserError, match="token_logps.py has changed since"):
+        train(dpo, checkpoints("llama"), pairs, "out")
 
 
 @pytest.mark.parametrize("script", METHODS)
