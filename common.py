@@ -29,9 +29,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import wraps
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,12 @@ class UserError(Exception):
 
 
 def _show_user_errors(kind, error, trace, default=sys.excepthook) -> None:
-    if not issubclass(kind, UserError):
+    memory = beside("memory") if issubclass(kind, MemoryError | RuntimeError) else None
+    if memory and memory.is_out_of_memory(error) and Run.current:
+        default(kind, error, trace)
+        advice = memory.next_flag(Run.current.args, Run.current.world)
+        print(f"error: out of memory on process {Run.current.rank}: {advice}", file=sys.stderr)
+    elif not issubclass(kind, UserError):
         default(kind, error, trace)
     elif MAIN_PROCESS:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -150,6 +157,12 @@ def check_shared(args: Any) -> None:
         raise UserError(f"--epochs must be positive, got {args.epochs}")
     if args.lr is None or not 0 < args.lr < float("inf"):  # nan is neither
         raise UserError(f"--lr must be positive, got {args.lr}")
+    if args.lora_rank:
+        needed("adapters", "--lora-rank").check(args.lora_rank)
+    if args.fsdp:
+        needed("sharding", "--fsdp")
+    if args.track != "none" and MAIN_PROCESS:
+        needed("tracking", "--track").check(args.track)
     if not 0 <= args.warmup_ratio < 1:
         raise UserError(f"--warmup-ratio must be in [0, 1), got {args.warmup_ratio}")
     if args.max_prompt_length >= args.max_length:
@@ -166,7 +179,8 @@ def flag(name: str) -> str:
 # Arguments that leave the trained weights as they are but for rounding: a resumed run may change
 # them.
 BOOKKEEPING = """output_dir resume eval_every sample_every save_every keep_last
-cache_dir export_dtype micro_batch_size deterministic attn share_prompt fused_logps""".split()
+cache_dir export_dtype micro_batch_size deterministic attn share_prompt fused_logps fsdp
+gradient_checkpointing compile track""".split()
 
 
 def start(args: Any, settings: dict[str, dict], script: str) -> Run:
@@ -234,6 +248,7 @@ class Processes:
             0  # the number of a SIGTERM or SIGINT that came while there is something to save
         )
         self.to_save = False
+        self.in_step = False  # every process takes part in every forward pass (--fsdp)
         numbers = (signal.SIGTERM, signal.SIGINT)
         self.handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
 
@@ -244,13 +259,15 @@ class Processes:
         if not self.signal:
             self.signal, self.signalled_at = number, time.monotonic()
 
-    def share(self, micros: list[Any], label: str) -> Iterator[Any]:
+    def share(self, micros: list[Any], label: str) -> Iterator[tuple[Any, bool]]:
         """This process's part of a list, with a progress bar; every process goes round equally
-        often, so that all agree on a stop asked for with a signal.
+        often, so that all agree on a stop asked for with a signal. (item, False) is another
+        process's item: only to be in step with a model that is spread over all of them.
         """
         for at in progress_bar(range(0, len(micros), self.world), label):
-            if at + self.rank < len(micros):
-                yield micros[at + self.rank]
+            mine = at + self.rank < len(micros)
+            if mine or self.in_step:
+                yield micros[at + self.rank if mine else at], mine
             self.stop_if_asked()
 
     def stop_if_asked(self) -> None:
@@ -268,8 +285,11 @@ class Processes:
 class Run(Processes):
     """One training run: where it stands, what it has measured, and its folder."""
 
+    current: Run | None = None  # the latest one, for what is said when memory runs out
+
     def __init__(self, args: Any, origin: dict[str, str], row: dict, script: Path):
         super().__init__()
+        Run.current = self
         self.args, self.origin, self.row, self.script = args, origin, row, script
         self.folder = Path(args.output_dir or Path("runs") / self._default_name())
         self.step = 0  # optimizer steps done
@@ -277,7 +297,7 @@ class Run(Processes):
         self.policy = self.optimizer = None  # bound by `restore`
         self.sums: dict[str, list] = {}  # metric -> [sum, count], since the last step
         self.skipped_in_a_row = 0
-        self.bar = None
+        self.bar = self.tracker = None
 
     # -- the folder
 
@@ -389,8 +409,9 @@ class Run(Processes):
 
     def _sources(self) -> list[Path]:
         """What computes the weights: the script first."""
-        kernel = HERE / "kernels" / "token_logps.py"
-        return [self.script, HERE / "common.py", *([kernel] if kernel.is_file() else [])]
+        used = {"sharding.py": self.args.fsdp, "adapters.py": self.args.lora_rank}
+        found = [HERE / "kernels" / "token_logps.py", *(HERE / n for n in used if used[n])]
+        return [self.script, HERE / "common.py", *(file for file in found if file.is_file())]
 
     def _describe(self) -> dict:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -448,6 +469,11 @@ class Run(Processes):
             f"{self.total_steps:,} of {args.batch_size} prompts ({epochs:.2f} epochs), "
             f"in micro-batches of {args.micro_batch_size}",
         )
+        if args.lora_rank and self.origin["lr"] != "command line":
+            lr = _short_number(args.lr)
+            say("", f"--lr {lr} was published for all weights; adapters want about ten times that")
+        if memory := beside("memory"):
+            memory.tell(self, train)
 
     def step_rows(self, step: int) -> list[list[int]]:
         """The micro-batches of a step; process r takes every world-th of them, from the r-th on.
@@ -528,6 +554,8 @@ class Run(Processes):
             whole = {k: v if np.isfinite(v) else None for k, v in (record | more).items()}
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(whole) + "\n")  # NaN is not JSON, so null
+            if self.tracker:
+                self.tracker.log(whole, self.step)
 
     # -- one optimizer step
 
@@ -538,7 +566,7 @@ class Run(Processes):
         args = self.args
         parameters = [p for p in policy.parameters() if p.requires_grad]
         sum_gradients(parameters)
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         factor = schedule_factor(args.schedule, args.warmup_ratio, self.step, self.total_steps)
         metrics, (tokens, places, filled, signalled) = self._reduce(
             self.tokens, self.places, self.filled, self.signal
@@ -601,8 +629,9 @@ class Run(Processes):
         if len(held_out) and (ends or (args.eval_every and self.step % args.eval_every == 0)):
             training, self.sums = self.sums, {}
             with torch.no_grad():
-                for indexes in self.share(self.held_out_rows(held_out), "held-out rows"):
-                    self.add(losses_of(collate_for(policy, held_out, indexes))[1])
+                for indexes, mine in self.share(self.held_out_rows(held_out), "held-out rows"):
+                    metrics = losses_of(collate_for(policy, held_out, indexes))[1]
+                    self.add(metrics if mine else {})
             # A process may have had no rows; the main one always has some.
             names = from_main(lambda: {"names": list(self.sums)})["names"]
             self.sums = {name: self.sums.get(name, [0.0, 0.0]) for name in names}
@@ -625,6 +654,8 @@ class Run(Processes):
     def stop(self, number: int) -> None:
         """Save what there is and leave, as a signal asked."""
         self.save()
+        if self.tracker:
+            self.tracker.close()
         if self.world > 1:
             dist.barrier()  # torchrun ends all as soon as one has left
         self.print(f"stopped: step {self.step} is saved in {self.folder}; the same command goes on")
@@ -634,22 +665,31 @@ class Run(Processes):
 
     def save(self) -> None:
         """Written beside, flushed to disk, then renamed: a checkpoint is whole or not there. Only
-        the main process writes; the others wait for it at the next exchange.
+        the main process writes; the others wait for it at the next exchange, or hand it their parts
+        of a model that is spread over them.
         """
-        if not MAIN_PROCESS or (self.folder / f"checkpoint-{self.step}").exists():
-            return
-        weights, state = _state_tensors(self.policy), optimizer_tensors(self.policy, self.optimizer)
-        need = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
-        free = shutil.disk_usage(self.folder).free
-        if free < need * 1.05:
-            gib = f"{need / 2**30:.2f} GiB, and {free / 2**30:.2f} are free"
-            raise UserError(f"a checkpoint in {self.folder} takes {gib}")
+        weights = trained_tensors(self.policy)
+        state = optimizer_tensors(self.policy, self.optimizer)
         temporary = self.folder / f"tmp-checkpoint-{self.step}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+
+        def make_room() -> dict:
+            if (self.folder / f"checkpoint-{self.step}").exists():
+                return {"there": True}
+            need = sum(t.numel() * t.element_size() for t in (*weights.values(), *state.values()))
+            free = shutil.disk_usage(self.folder).free
+            if free < need * 1.05:
+                gib = f"{need / 2**30:.2f} GiB, and {free / 2**30:.2f} are free"
+                raise UserError(f"a checkpoint in {self.folder} takes {gib}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            return {"there": False}
+
+        if from_main(make_room)["there"]:
+            return
         for name, tensors in (("policy", weights), ("optimizer", state)):
-            there = {key: t.detach().cpu() for key, t in tensors.items()}
-            save_file(there, temporary / f"{name}.safetensors")
+            write_tensors(temporary / f"{name}.safetensors", tensors)
+        if not MAIN_PROCESS:
+            return
         facts = {"step": self.step, "skipped": self.skipped_in_a_row, "logs": self.log_sizes}
         (temporary / "state.json").write_text(json.dumps(facts))
         files = sorted(temporary.iterdir())
@@ -684,13 +724,17 @@ class Run(Processes):
         facts = {"step": 0, "skipped": 0, "logs": dict.fromkeys(LOGS, 0)}
         if newest := from_main(self._newest_whole)["folder"]:
             folder = Path(newest)
+            if not folder.is_dir():
+                raise UserError(
+                    f"{platform.node()} sees no {folder}: on several machines, "
+                    "--output-dir must lie on a disk that all of them share"
+                )
             facts = json.loads((folder / "state.json").read_text())
-            with safe_open(folder / "policy.safetensors", "pt") as saved, torch.no_grad():
-                for name, tensor in _state_tensors(policy).items():
-                    tensor.copy_(saved.get_tensor(name))
+            with safe_open(folder / "policy.safetensors", "pt") as saved:
+                for name, tensor in trained_tensors(policy).items():
+                    put(tensor, saved, name)
             with safe_open(folder / "optimizer.safetensors", "pt") as saved:
-                state = {name: saved.get_tensor(name) for name in saved.keys()}
-            set_optimizer_tensors(policy, optimizer, state)
+                set_optimizer_tensors(policy, optimizer, saved)
             say("resume", f"step {facts['step']} of {self.total_steps}, from {folder}")
         self.step, self.skipped_in_a_row = facts["step"], facts["skipped"]
         self.log_sizes = facts["logs"]
@@ -700,18 +744,24 @@ class Run(Processes):
                     os.truncate(self.folder / name, size)
             for left in self.folder.glob("tmp-*"):
                 shutil.rmtree(left)
+            if self.args.track != "none":
+                about = dataclasses.asdict(self.args)
+                self.tracker = beside("tracking").start(
+                    self.args.track, self.folder, about, self.step
+                )
 
     # -- the end
 
     def finish(self, policy: nn.Module, tokenizer: Any) -> None:
         """Save the trained model, then say what improved."""
-        if MAIN_PROCESS:
-            self.export(policy, tokenizer)
+        self.export(policy, tokenizer)
         report = beside("report")
         text = report.closing(self, policy, tokenizer) if report else f"trained: {self.folder}\n"
         if MAIN_PROCESS:
             print("\n" + text, end="", flush=True)
             write_atomically(self.folder / "summary.txt", text)
+            if self.tracker:
+                self.tracker.close()
         if self.world > 1:
             dist.barrier()
             dist.destroy_process_group()
@@ -720,18 +770,27 @@ class Run(Processes):
 
     def export(self, policy: nn.Module, tokenizer: Any) -> None:
         """A folder that plain Transformers loads, version 5 or 4."""
+        dtype = getattr(torch, self.args.export_dtype)
+        adapters = beside("adapters") if self.args.lora_rank else None
+        state: dict[str, Tensor] = {}
+        merged = adapters.merged(policy) if adapters else _state_tensors(policy).items()
+        for name, tensor in merged:  # one at a time, so that only the main process holds them all
+            together = whole(tensor.detach())
+            if MAIN_PROCESS:
+                state[name] = together.to("cpu", dtype, copy=True)
+        lora = adapters.state(policy) if adapters else {}
+        if not MAIN_PROCESS:
+            return
         temporary = self.folder / "tmp-export"
         shutil.rmtree(temporary, ignore_errors=True)
         new = {"base_model": short_name(self.args.model), "history": []}
         before = getattr(policy.config, "plainpref", None) or new
         policy.config.plainpref = {**before, "history": [*before["history"], self.script.stem]}
-        dtype = getattr(torch, self.args.export_dtype)
-        whole = policy.state_dict()
-        cast = {t.data_ptr(): t.to(dtype) for t in whole.values()}  # tied weights stay tied
-        state = {name: cast[t.data_ptr()] for name, t in whole.items()}
         policy.save_pretrained(temporary, state_dict=state)
         tokenizer.save_pretrained(temporary)
         mend_for_transformers_4(temporary, dtype)
+        if adapters:
+            adapters.save(policy, lora, self.folder / "adapter", self.args.model)
         sync_folder(temporary)
         for file in temporary.iterdir():
             file.chmod(0o644)  # Transformers makes the weights private
@@ -853,13 +912,18 @@ def _from_hub(load: Callable, model: str) -> Any:
     try:
         return load()
     except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and "Unrecognized" not in str(error):
+        no_tokenizer = "backend tokenizer" in str(error)
+        if isinstance(error, ValueError) and not (no_tokenizer or "Unrecognized" in str(error)):
             raise
+        if model_folder(model).is_dir():
+            why = "it has no tokenizer that can be read" if no_tokenizer else first_line(error)
+            raise UserError(f"--model {model}: {why}") from None
+        repo, sources = resolve_model(model), beside("sources")
+        why = sources.hub_failure(error, repo, "model") if sources else first_line(error)
         raise UserError(
-            f"--model {model}: looked for a folder {model_folder(model)} and for "
-            f"{resolve_model(model)} on the Hugging Face hub and in its cache, in vain "
-            f"({first_line(error)}). Offline, give a folder with config.json, *.safetensors and "
-            "tokenizer files; for a gated model, accept its licence on its page and `hf auth login`"
+            f"--model {model}: there is no such folder, and {why}; a folder with config.json, "
+            f"*.safetensors and tokenizer files serves too (`hf download {repo} --local-dir DIR` "
+            "makes one where there is a network)"
         ) from None
 
 
@@ -909,6 +973,10 @@ class BadRow(Exception):
     """Why a row cannot be used."""
 
 
+class LeftOut(str):
+    """Why a row of a published data set is not used, in words that go after a count."""
+
+
 def load_rows(
     dataset: str,
     eval_dataset: str | None,
@@ -919,76 +987,182 @@ def load_rows(
     pairs: str = "best-worst",  # how a ranked list becomes pairs
     skip_bad_rows: bool = False,
     prompt_too: bool = False,  # demonstrations: the prompt is response too, but for its first token
+    cache_dir: str | None = None,  # where the tokens of large sets are kept; default runs/.cache
 ) -> tuple[Rows, Rows]:
     """Training rows and held-out rows; prints the data report; bad rows end the run here."""
     cut = (max_length, max_prompt_length)
-    train = _read(dataset, "train", kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too)
+    how = (kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too, cache_dir)
+    train = _read(dataset, "train", *how)
     if eval_dataset:
-        held_out = _read(
-            eval_dataset, "test", kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too
-        )
-    elif own_test := _own_test_split(dataset):
-        held_out = _read(own_test, "test", kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too)
+        held_out = _read(eval_dataset, "test", *how)
+    elif own_test := _own_test_split(dataset, kind):
+        held_out = _read(own_test, "test", *how)
+        if len(held_out) > HELD_OUT_ROWS:  # TL;DR has as many as for training
+            held_out.rows, _ = _choose(held_out.rows, HELD_OUT_ROWS, tokenizer)
+            say("held out", f"{len(held_out):,} of them (--eval-dataset names all or others)")
     else:
-        held_out = _hold_out(train, tokenizer)
+        most = min(512, len(train) // 20)
+        chosen, train.rows = _choose(train.rows, most, tokenizer)
+        held_out = Rows(train.name, chosen)
+        say("held out", f"{len(held_out):,} of these rows (--eval-dataset names others)")
     return train, held_out
 
 
-def _own_test_split(dataset: str) -> str | None:
+def _own_test_split(dataset: str, kind: str) -> str | None:
     if dataset.split(":")[0] == "family":
         return dataset
     sources = beside("sources")
-    return sources.test_split(dataset) if sources else None
+    return sources.test_split(dataset, kind) if sources else None
 
 
-def _hold_out(train: Rows, tokenizer) -> Rows:
-    """A twentieth of the rows, 512 at most, chosen by a hash of what is asked (of a text, which
-    asks nothing, by its own): all rows of a prompt are on one side.
+def _choose(rows: list[Row], most: int, tokenizer) -> tuple[list[Row], list[Row]]:
+    """So many and the others, chosen by a hash of what is asked (of a text, which asks nothing, by
+    its own): all rows of a prompt are on one side.
     """
     asks = len(tokenizer.bos)
-    keys = [row.ask if len(row.ask) > asks else row.responses[0] for row in train.rows]
+    keys = [row.ask if len(row.ask) > asks else row.responses[0] for row in rows]
     scored = [hashlib.sha256(key.tobytes()).digest()[:8] for key in keys]
-    most = min(512, len(train) // 20)
     border = sorted(scored)[most] if most else b""
-    held_out = [row for row, score in zip(train.rows, scored, strict=True) if score < border]
-    train.rows = [row for row, score in zip(train.rows, scored, strict=True) if score >= border]
-    say("held out", f"{len(held_out):,} of these rows (--eval-dataset names others)")
-    return Rows(train.name, held_out)
+    chosen = [row for row, score in zip(rows, scored, strict=True) if score < border]
+    return chosen, [row for row, score in zip(rows, scored, strict=True) if score >= border]
 
 
-def _read(dataset, split, kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too) -> Rows:
-    counts: Counter[str] = Counter()
-    bad: list[str] = []
-    rows: list[Row] = []
-    found = None
-    for where, raw in _raw_rows(dataset, split, kind):
-        counts["read"] += 1
-        try:
-            if isinstance(raw, BadRow):
-                raise raw
-            found = found or _kind_of(raw)
-            for record in _records(raw, found, kind, pairs, counts):
-                row = _tokenise(record, tokenizer, cut, prompt_too, counts)
-                if row is not None:
-                    rows.append(row)
-        except BadRow as reason:
-            bad.append(f"{where}: {reason}")
+HELD_OUT_ROWS = 2_048  # of a data set's own test split: more would take longer than the training
+MANY_ROWS = 5_000  # a set from here on is large: tokenised once for all, and kept
+CHUNK = 2_000  # rows whose texts the tokenizer is given at once: it works on them in parallel
+
+
+@dataclass
+class Found:
+    """What a data set holds for a method, and all that the report says of it."""
+
+    rows: list[Row]
+    counts: Counter[str]  # "read", and how many were left out or cut for which reason
+    bad: list[str]  # file:line: reason
+    kind: str | None = None  # of its rows
+
+
+def _read(
+    dataset, split, kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too, cache_dir
+) -> Rows:
+    fits = Fits(tokenizer, cut[1])
+    raws = _raw_rows(dataset, split, kind, fits)
+    first = list(islice(raws, MANY_ROWS))
+
+    def again() -> Iterator[tuple[str, Any]]:
+        return _raw_rows(dataset, split, kind, fits.exactly)
+
+    def find(raws: Iterable[tuple[str, Any]], encode: Encode, label: str = "") -> Found:
+        raws = progress_bar(raws, label, unit=" rows") if label else raws
+        return _find(raws, kind, pairs, tokenizer, cut, prompt_too, encode)
+
+    many, how = len(first) == MANY_ROWS, ""
+    tokenising = beside("tokenising") if many and tokenizer.is_fast else None
+    if tokenising:
+        what = [dataset, split, kind, pairs, cut, prompt_too]
+        raws = chain(first, raws)
+        exact = lambda raws: again() if fits.doubtful else raws  # noqa: E731
+        found, how = tokenising.find_once(raws, exact, find, tokenizer, what, cache_dir)
+    else:
+        raws = again() if many or fits.doubtful else first
+        found = find(raws, by_tokenizer(tokenizer), f"{split} rows" if many else "")
+    counts, bad = found.counts, found.bad
     if bad and not skip_bad_rows:
         more = f"\n  ... and {len(bad) - 10:,} more" if len(bad) > 10 else ""
         raise UserError(
             f"{len(bad):,} of {counts['read']:,} rows of {dataset} cannot be used "
             "(--skip-bad-rows goes on without them):\n  " + "\n  ".join(bad[:10]) + more
         )
-    if not rows:
+    if not found.rows:
         raise UserError(
             f"{dataset}: no usable row ({counts['read']:,} read, {len(bad):,} of them bad)"
         )
-    _report(dataset, split, found, kind, pairs, rows, counts, bad, tokenizer)
-    return Rows(dataset, rows)
+    _report(dataset, split, kind, pairs, found, how, tokenizer)
+    return Rows(dataset, found.rows)
 
 
-def _raw_rows(dataset: str, split: str, kind: str) -> Iterator[tuple[str, Any]]:
-    """(file:line, row) from the embedded task, a file, a folder of files, or the hub."""
+class Fits:
+    """Whether a prompt has at most so many tokens, BOS among them.
+
+    That can only be told by the tokenizer, one text after another, which would take longer than to
+    look up the tokens of a large set that has been seen before. So a set is first read with every
+    prompt taken to fit, and read again `exactly` where one was `doubtful` and its tokens are new.
+    """
+
+    def __init__(self, tokenizer, most: int):
+        self.tokenizer, self.most, self.doubtful = tokenizer, most - len(tokenizer.bos), False
+
+    def __call__(self, text: str) -> bool:
+        self.doubtful = self.doubtful or not self._short(text)
+        return True
+
+    def exactly(self, text: str) -> bool:
+        return self._short(text) or len(by_tokenizer(self.tokenizer)([text])[0]) <= self.most
+
+    def _short(self, text: str) -> bool:
+        """An ASCII character is one token at most (others may be several), and SentencePiece sets a
+        space before the text. Half a character is told of later.
+        """
+        short = text.isascii() and len(text) < self.most
+        return short or _half_a_character(text)
+
+
+Encode = Callable[[list[str]], list[list[int]]]
+
+
+def by_tokenizer(tokenizer) -> Encode:
+    """The tokenizer's own ids of many texts, no special tokens added."""
+    return lambda texts: tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+
+
+def _find(raws, kind, pairs, tokenizer, cut, prompt_too, encode: Encode) -> Found:
+    """Rows as token ids. Their texts are encoded a chunk at a time, each text of a chunk once."""
+    found = Found([], Counter(), [])
+    raws = iter(raws)
+    while chunk := list(islice(raws, CHUNK)):
+        ready = [_texts_of(raw, found, kind, pairs, tokenizer) for _, raw in chunk]
+        records = [record for records, _ in ready for record in records]
+        texts = list(dict.fromkeys(t for r in records for t in (r.prompt, *r.responses)))
+        ids = dict(zip(texts, encode(texts), strict=True))
+        for (where, _), (records, reason) in zip(chunk, ready, strict=True):
+            try:
+                for record in records:
+                    row = _tokenise(record, ids, tokenizer, cut, prompt_too, found.counts)
+                    if row is not None:
+                        found.rows.append(row)
+                if reason is not None:
+                    raise reason
+            except BadRow as why:
+                found.bad.append(f"{where}: {why}")
+    return found
+
+
+def _texts_of(
+    raw: Any, found: Found, kind: str, pairs: str, tokenizer
+) -> tuple[list[Texts], BadRow | None]:
+    """What a row gives to the tokenizer; what is wrong with the row, and everything before it."""
+    ready: list[Texts] = []
+    found.counts["read"] += 1
+    try:
+        if isinstance(raw, BadRow):
+            raise raw
+        if isinstance(raw, LeftOut):
+            found.counts[str(raw)] += 1
+            return ready, None
+        found.kind = found.kind or _kind_of(raw)
+        for record in _records(raw, found.kind, kind, pairs, found.counts):
+            ready.append(_texts(record, tokenizer))
+    except BadRow as reason:
+        return ready, reason
+    return ready, None
+
+
+def _raw_rows(
+    dataset: str, split: str, kind: str, fits: Callable[[str], bool] = lambda prompt: True
+) -> Iterator[tuple[str, Any]]:
+    """(file:line, row) from the embedded task, a file, a folder of files, or the hub. `fits` tells
+    whether a prompt is short enough, for published data sets that shorten theirs in their own way.
+    """
     path = Path(dataset).expanduser()
     if dataset.split(":")[0] == "family":
         import family
@@ -1000,7 +1174,7 @@ def _raw_rows(dataset: str, split: str, kind: str) -> Iterator[tuple[str, Any]]:
     elif path.suffix == ".jsonl" and path.is_file():
         yield from json_lines(path)
     elif sources := beside("sources"):
-        yield from sources.rows(dataset, split)
+        yield from sources.rows(dataset, split, kind, fits)
     else:
         raise UserError(
             f"{dataset}: there is no such .jsonl file, and sources.py, which knows other "
@@ -1182,30 +1356,50 @@ def _ranked(raw: dict) -> tuple[str | list[dict], list[tuple[float, Any]]]:
     return _prompt(raw), list(distinct.values())
 
 
+@dataclass
+class Texts:
+    """A record as the tokenizer is given it."""
+
+    prompt: str
+    responses: list[str]
+    templated: bool
+
+
+def _texts(record: Record, tokenizer) -> Texts:
+    templated = isinstance(record.prompt, list)
+    if {isinstance(response, list) for response in record.responses} != {templated}:
+        raise BadRow("prompt and responses must all be texts or all be lists of messages")
+    prompt, responses = record.prompt, record.responses
+    if templated:
+        prompt, responses = _render(record, tokenizer)
+    if any(map(_half_a_character, (prompt, *responses))):
+        raise BadRow("a text holds half a character (a lone surrogate)")
+    return Texts(prompt, responses, templated)
+
+
+def _half_a_character(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can write it, UTF-8 cannot
+        return True
+    return False
+
+
 def _tokenise(
-    record: Record, tokenizer, cut: tuple[int, int], prompt_too: bool, counts: Counter
+    record: Texts,
+    ids: dict[str, list[int]],
+    tokenizer,
+    cut: tuple[int, int],
+    prompt_too: bool,
+    counts: Counter,
 ) -> Row | None:
     """Each part tokenised once and joined as ids, so the prompt is the same for every response."""
     max_length, max_prompt_length = cut
-    prompt_text, response_texts = record.prompt, record.responses
-    templated = isinstance(prompt_text, list)
-    if {isinstance(response, list) for response in record.responses} != {templated}:
-        raise BadRow("prompt and responses must all be texts or all be lists of messages")
-    if templated:
-        prompt_text, response_texts = _render(record, tokenizer)
-
-    def encode(text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # JSON can write it, UTF-8 cannot
-            raise BadRow("a text holds half a character (a lone surrogate)") from None
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    prompt = encode(prompt_text)
+    prompt = ids[record.prompt]
     while tokenizer.bos and prompt[:1] == tokenizer.bos:  # written out in the text, once or twice
         prompt = prompt[1:]
     prompt = tokenizer.bos + prompt
-    responses = [_with_eos(encode(text), tokenizer, templated) for text in response_texts]
+    responses = [_with_eos(ids[text], tokenizer, record.templated) for text in record.responses]
 
     if not prompt and len(responses) > 1:
         raise BadRow("the prompt is empty, and this tokenizer has no BOS to begin with")
@@ -1224,8 +1418,9 @@ def _tokenise(
     if len(responses) == 2 and responses[0] == responses[1]:
         counts["equal after cutting"] += 1
         return None
-    ask = np.array(asked, np.int32)
-    return Row(np.array(prompt, np.int32), [np.array(r, np.int32) for r in responses], ask)
+    beginning = np.array(prompt, np.int32)
+    ask = beginning if asked is prompt else np.array(asked, np.int32)
+    return Row(beginning, [np.array(r, np.int32) for r in responses], ask)
 
 
 def _render(record: Record, tokenizer) -> tuple[str, list[str]]:
@@ -1251,20 +1446,23 @@ def _with_eos(ids: list[int], tokenizer, templated: bool) -> list[int]:
     ends = [i for i, token in enumerate(ids) if token in tokenizer.stop_ids]
     if not ends:
         return [*ids, tokenizer.eos_token_id]
-    rest = tokenizer.decode([token for token in ids[ends[0] :] if token not in tokenizer.stop_ids])
-    if rest.strip() and not templated:
+    rest = [token for token in ids[ends[0] :] if token not in tokenizer.stop_ids]
+    goes_on = bool(rest) and bool(tokenizer.decode(rest).strip())
+    if goes_on and not templated:
         raise BadRow("an end-of-sequence token stands in the middle of a response")
-    last = ends[-1] if rest.strip() else ends[0]  # several turns: all ends but the last are inside
+    last = ends[-1] if goes_on else ends[0]  # several turns: all ends but the last are inside
     return ids[: last + 1]
 
 
-def _report(dataset, split, found, kind, pairs, rows, counts, bad, tokenizer) -> None:
+def _report(dataset, split, kind, pairs, found: Found, how: str, tokenizer) -> None:
+    """`how` says how a large set became tokens."""
     if not MAIN_PROCESS:
         return
+    rows, counts, bad = found.rows, found.counts, found.bad
     became = (
         ""
-        if found == kind
-        else f" -> {len(rows):,} {kind}s" + (f" ({pairs})" if found == "ranked" else "")
+        if found.kind == kind
+        else f" -> {len(rows):,} {kind}s" + (f" ({pairs})" if found.kind == "ranked" else "")
     )
     lost = [
         f"{n:,} {what}"
@@ -1275,7 +1473,7 @@ def _report(dataset, split, found, kind, pairs, rows, counts, bad, tokenizer) ->
         lost.append(f"{len(bad):,} bad ({bad[0]}{', ...' if len(bad) > 1 else ''})")
     say(
         split,
-        f"{dataset}: {counts['read']:,} {found} rows{became}; "
+        f"{dataset}: {counts['read']:,} {found.kind} rows{became}; "
         f"left out: {', '.join(lost) or 'none'}",
     )
     responses = [r for row in rows for r in row.responses]
@@ -1291,6 +1489,8 @@ def _report(dataset, split, found, kind, pairs, rows, counts, bad, tokenizer) ->
         row = rows[0]
         shown = " | ".join(f"«{tokenizer.decode(r)}»" for r in row.responses)
         say("", f"first row: {_short(tokenizer.decode(row.prompt))} {_short(shown)}")
+    if how:
+        say("tokens", how)
 
 
 def _short(text: str, most: int = 300) -> str:
@@ -1309,12 +1509,17 @@ def load_policy(
     attn: str = "auto",
     share_prompt: bool = True,
     fused_logps: bool = True,
+    fsdp: bool = False,
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+    lora_rank: int = 0,
     name: str = "model",
 ) -> nn.Module:
-    """A decoder-only model with fp32 weights (float64 for tests), on this process's device, dropout
-    off. How it is to be asked for log-probs goes with it: `compute_dtype`, `share_prompt`,
-    `fused_logps`.
+    """A decoder-only model with fp32 weights (float64 for tests), on this process's device or
+    spread over all, dropout off. How it is to be asked for log-probs goes with it: `compute_dtype`,
+    `share_prompt`, `fused_logps`, `during_forward`.
     """
+    spread = fsdp and run.world > 1
     say(name, f"{model}, {resolve_model(model)}" if resolve_model(model) != model else model)
     if model == "tiny-untrained":
         import family
@@ -1335,16 +1540,19 @@ def load_policy(
         if any(n and n > 1 for n in experts):
             raise UserError(f"--model {model}: a mixture of experts; only dense models are known")
         attention = _attention_for(config, attn, run.device)
-        try:
-            policy = _from_hub(
-                lambda: AutoModelForCausalLM.from_pretrained(
-                    resolve_model(model),
-                    dtype=torch.float32,
-                    use_safetensors=True,
-                    attn_implementation=attention,
-                ),
-                model,
+
+        def load() -> nn.Module:
+            if spread and not MAIN_PROCESS:  # it will be sent its parts
+                return needed("sharding", "--fsdp").empty_policy(config, attention)
+            return AutoModelForCausalLM.from_pretrained(
+                resolve_model(model),
+                dtype=torch.float32,
+                use_safetensors=True,
+                attn_implementation=attention,
             )
+
+        try:
+            policy = _from_hub(load, model)
         except ValueError as error:
             if "attention" not in str(error):
                 raise
@@ -1352,29 +1560,113 @@ def load_policy(
     policy.eval()  # for good: with dropout, the untrained policy would not be its own reference
     # GPT-2 would look for padding, on the GPU in every step; attention is causal, so all is well.
     policy.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
-    policy.to(run.device, torch.float64 if dtype == "float64" else torch.float32)
     policy.compute_dtype = getattr(torch, dtype)
-    for tensor in _state_tensors(policy).values() if run.world > 1 else ():
-        dist.broadcast(tensor, 0)
-    _check_head(policy, model)
     policy.fused_logps = fused_logps
+    policy.during_forward = lambda compute: compute()
+    stored = torch.float64 if dtype == "float64" else torch.float32  # trained weights
+    policy.to(stored)
     longest = max(getattr(run, "lengths", None) or [64])
-    refusal = _refusal_to_share(policy, longest) if share_prompt else None
+
+    def probe() -> dict:
+        _check_head(policy, model)
+        return {"refusal": _refusal_to_share(policy, longest) if share_prompt else None}
+
+    if spread or lora_rank:  # in fp32 and on the CPU, before parts or bf16 are made of it
+        with _few_layers(policy):
+            refusal = from_main(probe)["refusal"]
+    if lora_rank:
+        low = policy.compute_dtype if policy.compute_dtype.itemsize < 4 else stored
+        needed("adapters", "--lora-rank").add(policy, lora_rank, low, stored)
+    if spread:
+        needed("sharding", "--fsdp").shard(policy, run.device)
+        run.in_step = True
+    else:
+        policy.to(run.device)
+        for tensor in _state_tensors(policy).values() if run.world > 1 else ():
+            dist.broadcast(tensor, 0)
+    if not (spread or lora_rank):
+        refusal = probe()["refusal"]
     policy.share_prompt = share_prompt and not refusal
-    if policy.config._attn_implementation == "flex_attention":
-        # It is compiled for each batch size, window and layout, with gradients and without. Past
-        # the usual limit of 8 it would go on in a form that holds all scores.
+    if policy.compute_dtype.itemsize < 4 and (spread or lora_rank):
+        # Low embeddings would make the hidden states between the layers low too.
+        policy.get_input_embeddings().register_forward_hook(lambda _, ids, out: out.to(stored))
+    for layer in layers_of(policy) if compile or gradient_checkpointing else ():
+        if compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if gradient_checkpointing:
+            layer.forward = _checkpointed(layer.forward)
+    if compile or policy.config._attn_implementation == "flex_attention":
+        # Compiled for each batch size, window and layout, with gradients and without. Past the
+        # usual limit of 8 it would go on uncompiled: flex_attention would hold all scores.
         torch._dynamo.config.recompile_limit = 64
     size = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     attention, weights = policy.config._attn_implementation, next(policy.parameters()).dtype
     say(
         "",
         f"{size / 1e6:,.1f} M parameters, weights {weights}, computes in {dtype}, "
         f"{attention} attention",
     )
+    told = [f"spread over {run.world} processes"] if spread else []
+    told += ["activations made again in the backward pass"] if gradient_checkpointing else []
+    told += ["layers compiled"] if compile else []
+    told += [f"adapters of rank {lora_rank}: {trained:,} trained"] if lora_rank else []
+    if told:
+        say("", ", ".join(told))
+    if fsdp and not spread:
+        say("", "--fsdp: one process, so there is nothing to spread the model over")
     if refusal:
         say("", f"a prompt goes through the model once for every response: {refusal}")
     return policy
+
+
+def weights_together(policy: nn.Module):
+    """Where a model is spread over the processes, all of its weights on each, for a while."""
+    spread = hasattr(next(policy.parameters()), "full_tensor")
+    return beside("sharding").gathered(policy) if spread else nullcontext()
+
+
+def layers_of(policy: nn.Module) -> nn.ModuleList:
+    """The decoder layers: the list that has as many modules as the config says."""
+    for module in policy.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == policy.config.num_hidden_layers:
+            return module
+    raise UserError(f"{type(policy).__name__}: the list of its layers was not found")
+
+
+@contextmanager
+def _few_layers(policy: nn.Module) -> Iterator[None]:
+    """Enough to feel every kind of attention layer, at a fraction of the time."""
+    layers, attention = layers_of(policy), policy.config._attn_implementation
+    kinds = getattr(policy.config, "layer_types", None) or [None]
+    enough = 1 + max(kinds.index(kind) for kind in set(kinds))
+    for parent in policy.base_model.modules():
+        for name, child in parent.named_children():
+            if child is layers:
+                setattr(parent, name, layers[: max(2, enough)])
+                if attention == "flex_attention":  # of use on a GPU alone
+                    policy.set_attn_implementation("eager")
+                try:
+                    yield
+                finally:
+                    setattr(parent, name, layers)
+                    policy.set_attn_implementation(attention)
+                return
+
+
+def _checkpointed(forward: Callable) -> Callable:
+    """A layer that keeps its input alone, and makes the rest again in the backward pass.
+    (Transformers' own needs training mode, which would switch dropout on.)
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    @wraps(forward)
+    def again(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return again
 
 
 def _attention_for(config: Any, attn: str, device: torch.device) -> str | None:
@@ -1390,12 +1682,31 @@ def _attention_for(config: Any, attn: str, device: torch.device) -> str | None:
 
 def _state_tensors(policy: nn.Module) -> dict[str, Tensor]:
     """Weights and saved buffers, tied ones once, in a fixed order."""
-    known, tensors = set(), {}
-    for name, tensor in policy.state_dict().items():
-        if tensor.data_ptr() not in known:
-            known.add(tensor.data_ptr())
-            tensors[name] = tensor
-    return tensors
+    tensors = dict(policy.named_parameters())
+    tied = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
+    return {n: t for n, t in policy.state_dict().items() if n in tensors or n not in tied}
+
+
+def trained_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint has to hold: adapters alone, where the rest is frozen."""
+    frozen = {name for name, p in policy.named_parameters() if not p.requires_grad}
+    if not frozen:
+        return _state_tensors(policy)
+    return {name: p.detach() for name, p in policy.named_parameters() if name not in frozen}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is spread over the processes (--fsdp), put together on all of them."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@torch.no_grad()
+def put(tensor: Tensor, saved: Any, name: str) -> None:
+    """What an opened safetensors file has under this name into a tensor, spread or not."""
+    if hasattr(tensor, "full_tensor"):
+        beside("sharding").put(tensor, saved.get_slice(name))
+    else:
+        tensor.copy_(saved.get_tensor(name))
 
 
 @dataclass
@@ -1624,9 +1935,14 @@ def response_logps(policy: nn.Module, micro: Micro) -> tuple[Tensor, Tensor]:
 
 def response_token_logps(policy: nn.Module, micro: Micro) -> Tensor:
     """(B, K, T) log pi of every response token, 0 past the end of a response."""
-    with autocast(policy):
+
+    def logps_of() -> Tensor:
         hidden = hidden_before_responses(policy, micro)  # (N, H)
-        logps = token_logps(hidden, head_of(policy), micro.targets, fused=policy.fused_logps)
+        return token_logps(hidden, head_of(policy), micro.targets, fused=policy.fused_logps)
+
+    with autocast(policy):
+        # With --fsdp the weights, the head's among them, are whole only in here.
+        logps = policy.during_forward(logps_of)
     batch, many, longest = micro.shape
     return (
         logps.new_zeros(batch * many * longest)
@@ -1737,10 +2053,8 @@ def add_reference_logps(
     }
     key = hashlib.sha256()
     for name, tensor in _state_tensors(reference).items():
-        key.update(
-            name.encode()
-            + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
+        there = whole(tensor.detach()).cpu().contiguous().flatten()
+        key.update(name.encode() + there.view(torch.uint8).numpy().tobytes())
     facts = [
         str(reference.compute_dtype),
         reference.config._attn_implementation,
@@ -1748,6 +2062,8 @@ def add_reference_logps(
         reference.fused_logps,
         run.device.type,
         run.world,
+        run.in_step,
+        [run.args.gradient_checkpointing, run.args.compile, run.args.lora_rank],
     ]
     facts += [torch.__version__, torch.get_num_threads()]
     sources = [Path(__file__).resolve(), HERE / "kernels" / "token_logps.py"]
@@ -1761,19 +2077,25 @@ def add_reference_logps(
     key.update(json.dumps(facts, default=str).encode())
     file = Path(cache_dir or Path("runs") / ".cache") / f"ref-{key.hexdigest()[:24]}.safetensors"
 
+    for rows, _ in parts.values():
+        many = max((len(row.responses) for row in rows.rows), default=1)
+        rows.ref_logps = torch.full((len(rows), many), torch.nan, dtype=torch.float64)
     if from_main(lambda: {"there": file.is_file()})["there"]:
-        with safe_open(file, "pt") as tensors:
+        with safe_open(file, "pt") if MAIN_PROCESS else nullcontext() as tensors:
             for name, (rows, _) in parts.items():
-                rows.ref_logps = tensors.get_tensor(name)
+                if MAIN_PROCESS:
+                    rows.ref_logps = tensors.get_tensor(name)
+                if run.world > 1:
+                    dist.broadcast(rows.ref_logps, 0)  # other machines have other disks
         say("reference", f"log-probs from {file}")
         return
     for name, (rows, micros) in parts.items():
-        many = max((len(row.responses) for row in rows.rows), default=1)
-        rows.ref_logps = torch.full((len(rows), many), torch.nan, dtype=torch.float64)
+        many = rows.ref_logps.shape[1]
         mine = torch.zeros(len(rows), many, dtype=torch.float64)
-        for indexes in run.share(micros, f"reference ({name})"):
+        for indexes, counts in run.share(micros, f"reference ({name})"):
             logps, _ = response_logps(reference, collate_for(reference, rows, indexes))
-            mine[indexes, : logps.shape[1]] = logps.double().cpu()
+            if counts:
+                mine[indexes, : logps.shape[1]] = logps.double().cpu()
         if run.world > 1:
             dist.all_reduce(mine)
         used = [i for micro in micros for i in micro]
@@ -1792,7 +2114,8 @@ def add_reference_logps(
 def load_reference(ref_model: str, soup_weight: float, policy: nn.Module, run: Run) -> nn.Module:
     """A model, or a soup `a+b`: soup_weight * a + (1 - soup_weight) * b, weight by weight."""
     first, *second = ref_model.split("+")
-    asked = (policy.share_prompt, policy.fused_logps, "reference")
+    asked = (policy.share_prompt, policy.fused_logps, run.args.fsdp, False, run.args.compile, 0)
+    asked += ("reference",)
     dtype = str(policy.compute_dtype).removeprefix("torch.")
     reference = load_policy(first, dtype, run, run.args.attn, *asked)
     if second:
@@ -1803,7 +2126,7 @@ def load_reference(ref_model: str, soup_weight: float, policy: nn.Module, run: R
                     raise UserError(
                         f"--ref-model {ref_model}: {name} differs in shape between the two models"
                     )
-                tensor.lerp_(other[name], 1 - soup_weight)
+                tensor.lerp_(other[name], 1 - soup_weight)  # also where both are spread
     if reference.config.vocab_size != policy.config.vocab_size:
         raise UserError(f"--ref-model {ref_model} has another vocabulary than the policy")
     return reference
@@ -1849,7 +2172,7 @@ def sum_gradients(parameters: list[nn.Parameter], bucket_bytes: int = 2**26) -> 
     for p in parameters:
         if p.grad is None:  # not touched on this process; perhaps on another
             p.grad = torch.zeros_like(p)
-    if processes() == 1:
+    if processes() == 1 or hasattr(parameters[0], "full_tensor"):  # --fsdp has summed them
         return
     bucket: list[Tensor] = []
     for i, p in enumerate(parameters):
@@ -1879,17 +2202,45 @@ def optimizer_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def set_optimizer_tensors(
-    policy: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]
-) -> None:
+def set_optimizer_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer, saved: Any) -> None:
+    """From an opened safetensors file."""
     parameters = dict(policy.named_parameters())
-    for full_name, value in saved.items():
+    for full_name in saved.keys():
         key, name = full_name.split("|", 1)
-        # All is shaped like its parameter and lives beside it, but for `step`: a counter, on the
-        # CPU unless the optimizer's own kernel counts.
-        beside_it = key != "step" or optimizer.defaults.get("fused")
-        device = parameters[name].device if beside_it else "cpu"
-        optimizer.state[parameters[name]][key] = value.to(device)
+        p = parameters[name]
+        if key == "step":  # a counter, on the CPU unless the optimizer's own kernel counts
+            device = p.device if optimizer.defaults.get("fused") else "cpu"
+            optimizer.state[p][key] = saved.get_tensor(full_name).to(device)
+        else:
+            optimizer.state[p][key] = torch.zeros_like(p, requires_grad=False)
+            put(optimizer.state[p][key], saved, full_name)
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file, a tensor at a time, so that memory never holds a copy of all of them.
+    Every process takes part in putting spread tensors together; the main one writes.
+    """
+    names = {v: k for k, v in SAFETENSORS_DTYPES.items()}
+    header, at = {}, 0
+    for name, tensor in tensors.items():
+        end = at + tensor.numel() * tensor.element_size()
+        about = {"dtype": names[tensor.dtype], "shape": list(tensor.shape)}
+        header[name], at = about | {"data_offsets": [at, end]}, end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin aligned
+    with open(file, "wb") if MAIN_PROCESS else nullcontext() as f:
+        if f:
+            f.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            together = whole(tensor.detach())
+            if f:
+                f.write(together.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def damage_of(checkpoint: Path) -> str | None:
@@ -1926,6 +2277,12 @@ def beside(module: str) -> Any:
     spec.loader.exec_module(loaded)
     sys.modules[module] = loaded
     return loaded
+
+
+def needed(module: str, asked_by: str) -> Any:
+    if not (found := beside(module)):
+        raise UserError(f"{asked_by} needs {module}.py beside common.py")
+    return found
 
 
 def progress_bar(over: Any, label: str, **more: Any):

@@ -44,7 +44,7 @@ import common
 THESIS = {  # 64 of "64 to 128"
     "beta": 0.1, "lr": 1e-7, "batch_size": 64, "micro_batch_size": 4, "epochs": 3.0,
     "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "rmsprop", "max_grad_norm": 1.0,
-    "max_length": 2048, "max_prompt_length": 1024, "dataset": "trl-lib/tldr-preference",
+    "max_length": 2048, "max_prompt_length": 1024, "dataset": "tldr",
     "source": "the MSc thesis at github.com/martimfasantos/MSc-Thesis",
 }  # fmt: skip
 SETTINGS = {
@@ -56,7 +56,7 @@ SETTINGS = {
     "gpt-j-6b": {  # TL;DR; 150 warm-up steps are a tenth of its epoch
         "beta": 0.5, "lr": 1e-6, "batch_size": 64, "micro_batch_size": 8, "epochs": 1.0,
         "schedule": "constant", "warmup_ratio": 0.1, "optimizer": "rmsprop", "max_grad_norm": 10.0,
-        "max_length": 512, "max_prompt_length": 256, "dataset": "trl-lib/tldr-preference",
+        "max_length": 512, "max_prompt_length": 256, "dataset": "tldr",
         "source": "Rafailov et al. 2023, appendix B, and their code",
     },
     "gemma-2-2b": THESIS, "tinyllama": THESIS, "eurollm-1.7b": THESIS,
@@ -73,10 +73,9 @@ class Args:
     # The reference
     ref_model: str | None = None  # reference model, or a soup a+b of two; default: the policy before its first step
     soup_weight: float = 0.5  # weight of the first model of a soup, in [0, 1]
-    cache_dir: str | None = None  # where reference log-probs are kept; default: runs/.cache
     # Model and data
     model: str = "tiny"  # tiny, a short name (gemma-2-2b, ...), a Hugging Face id, or a folder such as runs/sft
-    dataset: str | None = None  # family, a file or folder (.jsonl .json .parquet .csv) or a hub id[:config][:split]; default: SETTINGS
+    dataset: str | None = None  # family, a short name (tldr, ultrafeedback, hh, ...), a file or folder (.jsonl .json .parquet .csv), a hub id[:config][:split], or name=PATH for a copy; default: SETTINGS
     eval_dataset: str | None = None  # held-out rows; default: the dataset's own test split, else a twentieth of it
     pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"  # how a ranked list becomes pairs
     skip_bad_rows: bool = False  # go on without rows that cannot be used, instead of stopping
@@ -97,6 +96,10 @@ class Args:
     attn: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"  # attention; auto: sdpa, or eager where sdpa would leave something out
     share_prompt: bool = True  # the responses of a prompt stand behind one copy of it, where that costs less
     fused_logps: bool = True  # log-probs through kernels/, which never hold the logits; off: the plain lines in common.py
+    fsdp: bool = False  # weights, gradients and optimizer state are spread over the processes
+    gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, a third more time
+    compile: bool = False  # torch.compile of the layers: slow first steps, then faster ones
+    lora_rank: int = 0  # train adapters of this rank beside the frozen linear layers (LoRA, alpha twice the rank); 0: train all weights
     # The run
     output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults
     resume: Literal["auto", "never"] = "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
@@ -105,6 +108,8 @@ class Args:
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_last: int = 1  # checkpoints kept
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
+    cache_dir: str | None = None  # where tokens and reference log-probs are kept for the next run; default: runs/.cache
+    track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
     seed: int = 0  # of the order of rows, and of whatever is sampled
     deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
 # fmt: on
@@ -148,12 +153,13 @@ def main(args: Args) -> None:
     tokenizer = common.load_tokenizer(args.model, args.max_length)
     train, held_out = common.load_rows(
         args.dataset, args.eval_dataset, "pair", tokenizer, args.max_length,
-        args.max_prompt_length, args.pairs, args.skip_bad_rows,
+        args.max_prompt_length, args.pairs, args.skip_bad_rows, cache_dir=args.cache_dir,
     )  # fmt: skip
     run.plan(train)
     policy = common.load_policy(
-        args.model, args.dtype, run, args.attn, args.share_prompt, args.fused_logps
-    )
+        args.model, args.dtype, run, args.attn, args.share_prompt, args.fused_logps,
+        args.fsdp, args.gradient_checkpointing, args.compile, args.lora_rank,
+    )  # fmt: skip
     common.warn_if_not_fine_tuned(policy, tokenizer)
     common.add_reference_logps(
         run, train, held_out, policy, args.ref_model, args.soup_weight, args.cache_dir

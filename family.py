@@ -479,12 +479,12 @@ def measure(run, policy, start, tokenizer, n: int) -> dict[str, float]:
     )
     log_ratios = torch.zeros(n, dtype=torch.float64)
     with torch.no_grad():
-        for part in run.share(
-            common.micro_batches([r.length() for r in seen.rows], range(n), 256), "KL"
-        ):
+        parts = common.micro_batches([row.length() for row in seen.rows], range(n), 256)
+        for part, mine in run.share(parts, "KL"):
             micro = common.collate(seen, part, run.device)
             ratio = common.response_logps(policy, micro)[0] - common.response_logps(start, micro)[0]
-            log_ratios[part] = ratio[:, 0].double().cpu()
+            if mine:
+                log_ratios[part] = ratio[:, 0].double().cpu()
     if run.world > 1:
         torch.distributed.all_reduce(log_ratios)
     return {

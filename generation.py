@@ -37,8 +37,8 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     parts = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     found = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.int64)
-    with _attention_for_sampling(policy):
-        for part in run.share(parts, label):
+    with _attention_for_sampling(policy), common.weights_together(policy):
+        for part, _ in run.share(parts, label):
             # One stream of uniforms a row: not moved by who else is in the batch.
             streams = [np.random.default_rng([seed, i]).random(max_new_tokens) for i in part]
             new = _generate_batch(

@@ -110,7 +110,9 @@ def closing(run: "common.Run", policy: Any, tokenizer: Any) -> str:
         import family
 
         torch.manual_seed(run.args.seed)  # `tiny-untrained` is made again: with the same weights
-        start = common.load_policy(run.args.model, run.args.dtype, run, name="start")
+        start = common.load_policy(
+            run.args.model, run.args.dtype, run, fsdp=run.args.fsdp, name="start"
+        )
         measured = family.measure(run, policy, start, tokenizer, FAMILY_PROMPTS)
     if not common.MAIN_PROCESS:
         return ""

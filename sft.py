@@ -35,7 +35,7 @@ import common
 THESIS = {  # 32 of "1 a device, 16 to 32 times"
     "train_on_prompt": False, "lr": 1e-5, "batch_size": 32, "micro_batch_size": 4, "epochs": 1.0,
     "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "adamw", "max_grad_norm": 1.0,
-    "max_length": 2048, "max_prompt_length": 1024, "dataset": "trl-lib/tldr",
+    "max_length": 2048, "max_prompt_length": 1024, "dataset": "tldr",
     "source": "the MSc thesis at github.com/martimfasantos/MSc-Thesis",
 }  # fmt: skip
 SETTINGS = {
@@ -47,7 +47,7 @@ SETTINGS = {
     "pythia-1b": {
         "train_on_prompt": True, "lr": 3e-6, "batch_size": 128, "micro_batch_size": 8, "epochs": 1.0,
         "schedule": "cosine", "warmup_ratio": 0.0, "optimizer": "adamw", "max_grad_norm": 1.0,
-        "max_length": 565, "max_prompt_length": 512, "dataset": "trl-lib/tldr",
+        "max_length": 565, "max_prompt_length": 512, "dataset": "tldr",
         "source": "Huang et al. 2024, arXiv 2403.17031",
     },
     "gemma-2-2b": THESIS, "tinyllama": THESIS, "eurollm-1.7b": THESIS,
@@ -61,7 +61,7 @@ class Args:
     train_on_prompt: bool | None = None  # the prompt's tokens are targets too; default: the model's row in SETTINGS
     # Model and data
     model: str = "tiny-untrained"  # tiny-untrained, a short name (gemma-2-2b, ...), a Hugging Face id, or a folder
-    dataset: str | None = None  # family, a file or folder (.jsonl .json .parquet .csv) or a hub id[:config][:split]; default: SETTINGS
+    dataset: str | None = None  # family, a short name (tldr, ultrafeedback, hh, ...), a file or folder (.jsonl .json .parquet .csv), a hub id[:config][:split], or name=PATH for a copy; default: SETTINGS
     eval_dataset: str | None = None  # held-out rows; default: the dataset's own test split, else a twentieth of it
     skip_bad_rows: bool = False  # go on without rows that cannot be used, instead of stopping
     max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
@@ -80,6 +80,10 @@ class Args:
     dtype: Literal["bfloat16", "float32", "float64"] | None = None  # to compute in; default: bfloat16 on GPUs that have it, else float32
     attn: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"  # attention; auto: sdpa, or eager where sdpa would leave something out
     fused_logps: bool = True  # log-probs through kernels/, which never hold the logits; off: the plain lines in common.py
+    fsdp: bool = False  # weights, gradients and optimizer state are spread over the processes
+    gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, a third more time
+    compile: bool = False  # torch.compile of the layers: slow first steps, then faster ones
+    lora_rank: int = 0  # train adapters of this rank beside the frozen linear layers (LoRA, alpha twice the rank); 0: train all weights
     # The run
     output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults
     resume: Literal["auto", "never"] = "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
@@ -88,6 +92,8 @@ class Args:
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_last: int = 1  # checkpoints kept
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
+    cache_dir: str | None = None  # where tokens and reference log-probs are kept for the next run; default: runs/.cache
+    track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
     seed: int = 0  # of the order of rows, and of whatever is sampled
     deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
 # fmt: on
@@ -113,11 +119,13 @@ def main(args: Args) -> None:
     train, held_out = common.load_rows(
         args.dataset, args.eval_dataset, "demonstration", tokenizer, args.max_length,
         args.max_prompt_length, skip_bad_rows=args.skip_bad_rows, prompt_too=args.train_on_prompt,
+        cache_dir=args.cache_dir,
     )  # fmt: skip
     run.plan(train)
     policy = common.load_policy(
-        args.model, args.dtype, run, args.attn, share_prompt=False, fused_logps=args.fused_logps
-    )
+        args.model, args.dtype, run, args.attn, False, args.fused_logps,
+        args.fsdp, args.gradient_checkpointing, args.compile, args.lora_rank,
+    )  # fmt: skip
     optimizer = common.make_optimizer(policy, args.optimizer, args.lr, args.weight_decay)
     run.restore(policy, optimizer)
 

@@ -357,9 +357,10 @@ class Mistake:
     script: str = "dpo"
 
 
-HUB = (
-    "Offline, give a folder with config.json, *.safetensors and tokenizer files; for a gated "
-    "model, accept its licence on its page and `hf auth login`"
+OFFLINE = (
+    "there is no such folder, and {0} is not in the cache, and the Hugging Face hub is out of "
+    "reach; a folder with config.json, *.safetensors and tokenizer files serves too "
+    "(`hf download {0} --local-dir DIR` makes one where there is a network)"
 )
 MISTAKES = {
     # data files
@@ -405,10 +406,9 @@ MISTAKES = {
     ),
     "a dataset that is not here, offline": Mistake(
         {"dataset": "nobody/nothing"},
-        "~nobody/nothing: looked for a file or folder of that name, and for the data set "
-        "nobody/nothing on the Hugging Face hub and in its cache, in vain \\(.*\\)\\. Offline, "
-        "give a \\.jsonl, \\.json, \\.parquet or \\.csv file, or a folder of them; README\\.md "
-        "lists the columns",
+        "nobody/nothing: there is no such file or folder, and nobody/nothing is not in the cache, "
+        "and the Hugging Face hub is out of reach; a file serves too: .jsonl, .json, .parquet or "
+        ".csv, or a folder of them (README.md lists the columns)",
     ),
     # models
     "no such model folder": Mistake(
@@ -429,13 +429,11 @@ MISTAKES = {
     ),
     "a model that is not here, offline": Mistake(
         {"model": "nobody/nothing"},
-        "~--model nobody/nothing: looked for a folder nobody/nothing and for nobody/nothing on the "
-        f"Hugging Face hub and in its cache, in vain \\(.*\\)\\. {re.escape(HUB)}",
+        f"--model nobody/nothing: {OFFLINE.format('nobody/nothing')}",
     ),
     "a short name, offline": Mistake(
         {"model": "gemma-2-2b"},
-        "~--model gemma-2-2b: looked for a folder gemma-2-2b and for google/gemma-2-2b on the "
-        f"Hugging Face hub and in its cache, in vain \\(.*\\)\\. {re.escape(HUB)}",
+        f"--model gemma-2-2b: {OFFLINE.format('google/gemma-2-2b')}",
     ),
     "more tokens than the model has positions": Mistake(
         {"max_length": "512"}, "--max-length 512: model takes 128 tokens at most"

@@ -1,0 +1,100 @@
+"""--lora-rank: small matrices are trained beside frozen linear layers (LoRA: Hu et al. 2021, arXiv
+2106.09685), through peft.
+
+    W x  becomes  W x + alpha / rank * B (A x),     A: (rank, in), B: (out, rank), alpha = 2 * rank
+
+on every linear layer between the embeddings and the head. B starts at 0, so the policy before its
+first step is the model it was made from, and so is its reference. No dropout, for the same reason.
+
+Imported only with --lora-rank.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import common
+
+
+def check(rank: int) -> None:
+    """Named before anything is loaded."""
+    if rank < 0:
+        raise common.UserError(f"--lora-rank must be 0 or more, got {rank}")
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise common.UserError("--lora-rank needs peft: pip install peft") from None
+
+
+def add(policy: nn.Module, rank: int, base_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """In place: freeze what there is, put the adapters beside it."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",  # but for the head
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in policy.modules()),  # GPT-2
+        task_type="CAUSAL_LM",
+    )
+    for p in policy.parameters():  # not the buffers: rotary frequencies have to stay exact
+        p.requires_grad_(False)
+        p.data = p.data.to(base_dtype)
+    inject_adapter_in_model(config, policy)
+    config.target_modules = sorted(config.target_modules)  # a set is written in any order
+    policy.adapter_config = config
+    for p in trained(policy).values():
+        p.data = p.data.to(dtype)
+
+
+def trained(policy: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def merged(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the model that plain Transformers knows, each weight with its adapter added
+    to it, in fp32 or better. Every process takes part where the weights are spread.
+    """
+    layers = dict(policy.named_modules())
+    for name, tensor in common._state_tensors(policy).items():
+        if ".lora_" in name:
+            continue
+        layer = layers[name.rpartition(".base_layer.")[0]] if ".base_layer." in name else None
+        if layer is not None and name.endswith(".weight"):
+            a, b = (common.whole(m["default"].weight) for m in (layer.lora_A, layer.lora_B))
+            tensor = common.whole(tensor).to(a.dtype)
+            change = layer.scaling["default"] * (b @ a)  # (out, in)
+            tensor = tensor + (change.T if layer.fan_in_fan_out else change)
+        yield name.replace(".base_layer.", "."), tensor
+
+
+@torch.no_grad()
+def state(policy: nn.Module) -> dict[str, Tensor]:
+    """The adapters alone, under PEFT's names. Every process takes part."""
+    return {
+        f"base_model.model.{name}".replace(".default.", "."): common.whole(p.detach()).cpu()
+        for name, p in trained(policy).items()
+    }
+
+
+def save(policy: nn.Module, tensors: dict[str, Tensor], folder: Path, base: str) -> None:
+    """A folder that peft loads onto the model that was trained."""
+    temporary = folder.with_name("tmp-adapter")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    config = policy.adapter_config
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(temporary)
+    save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+    json.loads((temporary / "adapter_config.json").read_text())
+    common.sync_folder(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
