@@ -44,9 +44,10 @@ def add(policy: nn.Module, rank: int, base_dtype: torch.dtype, dtype: torch.dtyp
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in policy.modules()),  # GPT-2
         task_type="CAUSAL_LM",
     )
-    for p in policy.parameters():  # not the buffers: rotary frequencies have to stay exact
+    for p in policy.parameters():
         p.requires_grad_(False)
-        p.data = p.data.to(base_dtype)
+        if p.dim() > 1:  # norms, and rotary frequencies (buffers), cost nothing and stay exact
+            p.data = p.data.to(base_dtype)
     inject_adapter_in_model(config, policy)
     config.target_modules = sorted(config.target_modules)  # a set is written in any order
     policy.adapter_config = config

@@ -391,8 +391,8 @@ class Run(Processes):
             was, now = (record["arguments"].get(name, "(no such flag)") for record in (old, new))
             if was != now and not (name == "max_steps" and self._may_grow(was, now)):
                 differ.append(f"{flag(name)} was {was}, now {now}")
-        for name, hash in new["source"].items():
-            if old["source"].get(name) != hash:
+        for name, hash in new["source"].items():  # what only one of them used moves nothing
+            if old["source"].get(name, hash) != hash:
                 differ.append(f"{name} has changed since")
         if differ:
             raise UserError(

@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 import common
 
 GIB = 2**30
+TOO_SMALL = 10e6  # parameters of a model that fits everywhere
 SPARE = 0.95  # of what is free may be planned away: allocators leave gaps
 
 
@@ -386,16 +387,18 @@ def tell(run: common.Run, train: common.Rows) -> None:
         return
     try:
         have, name, gpu = machine(run.device)
-        args, rows = run.args, largest_micro(run, train)
-        config = config_of(args.model)
+        args, config = run.args, config_of(run.args.model)
+        if _size(config) < TOO_SMALL:
+            return
+        rows = largest_micro(run, train)
         found = plan(config, args, rows, run.world, gpu)
         free = shutil.disk_usage(_there(run.folder)).free
         for label, line in zip(("memory", "", ""), found.lines(have, name, free), strict=True):
             common.say(label, line)
         if not found.fits(have):
-            flags = advice(config, args, rows, run.world, gpu, have)
+            found = advice(config, args, rows, run.world, gpu, have)
             common.say("warning", "more than there is. The run goes on, and may run out of memory;")
-            common.say("", f"this would fit: {flags}" if flags else next_flag(args, run.world))
+            common.say("", found[0] if found else next_flag(args, run.world))
     except Exception as error:
         common.say("memory", f"could not be planned: {common.first_line(error)}")
 
@@ -446,7 +449,9 @@ def largest_micro(run: common.Run, train: common.Rows, most: int = 20_000_000) -
     return [train.rows[i] for i in widest]
 
 
-def advice(config: Any, args: Any, rows: list, world: int, gpu: int, have: int) -> str | None:
+def advice(
+    config: Any, args: Any, rows: list, world: int, gpu: int, have: int
+) -> tuple[str, Plan] | None:
     """The first change, from harmless to costly, whose plan fits."""
     small = {"micro_batch_size": 1, "gradient_checkpointing": True}
     micros, n = [], args.micro_batch_size
@@ -466,24 +471,25 @@ def advice(config: Any, args: Any, rows: list, world: int, gpu: int, have: int) 
         tries.append((last | {"max_length": length}, world))
         length //= 2
 
-    def fits(changes: dict, w: int) -> bool:
+    def fitting(changes: dict, w: int) -> Plan | None:
         asked = copy.copy(args)
         for name, value in changes.items():
             setattr(asked, name, value)
         asked.micro_batch_size = min(asked.micro_batch_size, asked.batch_size // w)
         size = _size(config) * (4 if args.optimizer == "adamw" else 3) * 4
         if not asked.lora_rank and size // (w if asked.fsdp else 1) > have:
-            return False  # before any activation
-        return plan(config, asked, _cut(rows, asked.max_length), w, gpu).fits(have)
+            return None  # before any activation
+        found = plan(config, asked, _cut(rows, asked.max_length), w, gpu)
+        return found if found.fits(have) else None
 
-    if micros and not fits(*micros[-1]):
+    if micros and not fitting(*micros[-1]):
         tries = tries[len(micros) :]
     for changes, w in tries:
         news = {k: v for k, v in changes.items() if getattr(args, k) != v}
-        if (news or w != world) and fits(changes, w):
+        if (news or w != world) and (found := fitting(changes, w)):
             flags = [common.flag(k) + ("" if v is True else f" {v}") for k, v in news.items()]
-            many = f"torchrun --nproc_per_node={w} " if w != world else ""
-            return many + " ".join(flags)
+            many = [f"torchrun --nproc_per_node={w}"] * (w != world)
+            return f"{_gib(found.total)} GiB with {' '.join(many + flags)}", found
     return None
 
 
@@ -592,7 +598,8 @@ def main(args: Options) -> None:
         found = plan(config, args, rows, args.processes, gpu)
         print("\n".join(found.lines(have, "--memory-gib")))
         if not found.fits(have):
-            print(f"this would fit: {advice(config, args, rows, args.processes, gpu, have)}")
+            change = advice(config, args, rows, args.processes, gpu, have)
+            print(f"too much; {change[0] if change else 'and no flag known here helps'}")
         return
     from benchmarking.measure import Report, header
 
@@ -609,15 +616,19 @@ def main(args: Options) -> None:
     for model in SHAPES:
         for trained, rank in (("all weights", 0), ("LoRA 16", 16)):
             asked, config = dataclasses.replace(args, lora_rank=rank), shape_of(model)
+            found, verdicts = None, []
             for many, gib in MACHINES:
-                found = plan(config, asked, rows, many, gib * GIB)
-                parts = [f"{getattr(found, part) / GIB:.1f}" for part in Plan.PARTS]
-                fits = found.fits(gib * GIB)
-                change = "" if fits else advice(config, asked, rows, many, gib * GIB, gib * GIB)
-                cells = [model, trained, f"{many} x {gib}", f"{found.total / GIB:.1f}", *parts]
-                table.append([*cells, f"{found.disk / GIB:.1f}", change or ("yes" * fits or "no")])
-    head = ["model", "trained", "GPUs", "needs", *Plan.PARTS, "disk", "fits, or would with"]
-    report.table(head, table)
+                here = plan(config, asked, rows, many, gib * GIB)
+                found = found or here  # of the first machine; the others' differ by little
+                if here.fits(gib * GIB):
+                    verdicts.append("fits")
+                else:
+                    change = advice(config, asked, rows, many, gib * GIB, gib * GIB)
+                    verdicts.append(change[0] if change else "no")
+            sizes = [found.total, *(getattr(found, part) for part in Plan.PARTS), found.disk]
+            table.append([model, trained, *(f"{size / GIB:.1f}" for size in sizes), *verdicts])
+    machines = [f"{many} x {gib} GB" for many, gib in MACHINES]
+    report.table(["model", "trained", "needs", *Plan.PARTS, "disk", *machines], table)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ Imported only with --fsdp.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -49,14 +51,17 @@ def shard(policy: nn.Module, device: torch.device) -> None:
     if common.MAIN_PROCESS:
         named = [*policy.named_parameters(), *policy.named_buffers()]
         tensors = {name: tensor.detach() for name, tensor in named}
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # Under autocast a linear layer would keep a low copy of its weights until the backward pass.
     # Weights that are low while they are put together need no copy, and half the traffic. Hidden
     # states stay as they are without sharding: in fp32 between the layers.
     low = policy.compute_dtype if policy.compute_dtype.itemsize < 4 else None
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(
         param_dtype=low, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False
     )
+    for module in policy.modules() if low else ():
+        if isinstance(module, nn.LayerNorm):
+            module.forward = partial(_layer_norm, module)
     for part in [*common.layers_of(policy), policy]:
         fully_shard(part, mesh=mesh, mp_policy=precision)
         part.set_gradient_divide_factor(1.0)
@@ -80,6 +85,12 @@ def shard(policy: nn.Module, device: torch.device) -> None:
         dist.broadcast(whole.view(-1).view(torch.uint8), 0)
         with torch.no_grad():
             put(tensor, whole)
+
+
+def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """In the hidden states' precision, which autocast sees to on GPUs alone."""
+    weight, bias = (None if p is None else p.to(x.dtype) for p in (norm.weight, norm.bias))
+    return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
 
 
 def rows_here(tensor: Tensor) -> slice:

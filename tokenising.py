@@ -77,9 +77,13 @@ def tell_all(mine: dict) -> list[dict]:
     """What every process has to tell, by rank."""
     if common.processes() == 1:
         return [mine]
-    told: list[dict] = [{}] * common.processes()
-    dist.all_gather_object(told, mine)
-    return told
+    text = json.dumps(mine).encode()  # not as objects, which would be pickled
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(common.processes())]
+    dist.all_gather(sizes, torch.tensor([len(text)]))
+    longest = max(int(size) for size in sizes)
+    texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(texts, torch.tensor(list(text.ljust(longest)), dtype=torch.uint8))
+    return [json.loads(bytes(text.tolist())) for text in texts]
 
 
 def key_of(raws: Iterable[tuple[str, Any]], tokenizer, what: list) -> str:

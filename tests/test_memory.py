@@ -327,7 +327,8 @@ def place(folder: Path, flags: Flags, data: list[common.Row]) -> tuple[Place, co
 
 
 @pytest.fixture
-def model(tmp_path):
+def model(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "TOO_SMALL", 0)
     folder = tmp_path / "model"
     tiny_config().save_pretrained(folder)  # the plan needs no weights
     return str(folder)
@@ -352,7 +353,13 @@ def test_too_little_is_a_warning_with_a_flag(model, tmp_path, capsys, monkeypatc
     memory.tell(*place(tmp_path, Flags(model=model), rows()))
     told = capsys.readouterr().out
     assert "warning    more than there is" in told
-    assert "this would fit: --micro-batch-size 1" in told
+    assert "GiB with --micro-batch-size 1" in told
+
+
+def test_of_a_tiny_model_nothing_is_said(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(memory, "TOO_SMALL", 10e6)
+    memory.tell(*place(tmp_path, Flags(model=model), rows()))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_plan_that_fails_stops_nothing(tmp_path, capsys):
@@ -375,8 +382,7 @@ def test_the_longest_row_is_planned_for(tmp_path):
 def test_what_is_advised_fits_when_it_is_planned(share):
     config, flags = tiny_config(), Flags(micro_batch_size=4, batch_size=8, max_length=280)
     have = int(memory.plan(config, flags, rows()).total * share)
-    words = memory.advice(config, flags, rows(), 1, 0, have)
-    assert words
+    words, found = memory.advice(config, flags, rows(), 1, 0, have)
     given, words = {}, words.split()
     for at, word in enumerate(words):
         if word.startswith("--"):
@@ -385,13 +391,14 @@ def test_what_is_advised_fits_when_it_is_planned(share):
             given[word[2:].replace("-", "_")] = int(value[0]) if number else True
     changed = dataclasses.replace(flags, **given)
     cut = memory._cut(rows(), changed.max_length)
-    assert memory.plan(config, changed, cut).fits(have)
+    assert memory.plan(config, changed, cut) == found and found.fits(have)
 
 
 def test_the_smallest_change_is_named():
     config, flags = tiny_config(), Flags(micro_batch_size=4, batch_size=8)
     total = memory.plan(config, flags, rows()).total
-    assert memory.advice(config, flags, rows(), 1, 0, total) == "--micro-batch-size 2"
+    words, _ = memory.advice(config, flags, rows(), 1, 0, total)
+    assert words.endswith(" GiB with --micro-batch-size 2")
     assert memory.advice(config, flags, rows(), 1, 0, 1000) is None
 
 
@@ -399,8 +406,8 @@ def test_more_gpus_are_named_with_their_launcher():
     # Weights, gradients and state alone are more than there is.
     flags = Flags(micro_batch_size=1, batch_size=8, gradient_checkpointing=True)
     config, data, have = tiny_config(), rows(1, 8, 2), 12 * parameters_by_hand()
-    words = memory.advice(config, flags, data, 1, have, have)
-    assert words.startswith("torchrun --nproc_per_node=") and words.endswith(" --fsdp")
+    words, _ = memory.advice(config, flags, data, 1, have, have)
+    assert "with torchrun --nproc_per_node=" in words and words.endswith(" --fsdp")
     many = int(words.split("=")[1].split()[0])
     spread = dataclasses.replace(flags, fsdp=True)
     assert memory.plan(config, spread, data, many, have).fits(have)

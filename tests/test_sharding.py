@@ -209,13 +209,13 @@ def test_sft_spread(checkpoints, pairs, tmp_path, optimizer):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [0, 4])
-def test_low_precision_spread(checkpoints, pairs, tmp_path, lora):  # noqa: F811
+@pytest.mark.parametrize("architecture, lora", [("gemma2", 0), ("gemma2", 4), ("gpt2", 0)])
+def test_low_precision_spread(checkpoints, pairs, tmp_path, architecture, lora):  # noqa: F811
     """bf16 rounds embeddings and norms too where weights are spread; the steps stay close, and the
     first loss is ln 2 to the last digit.
     """
     flags = {"dtype": "bfloat16", "lora_rank": lora, "micro_batch_size": 2, "lr": 1e-3}
-    start = checkpoints("gemma2")
+    start = checkpoints(architecture)
     run("dpo", tmp_path / "one", start, pairs, 1, **flags)
     run("dpo", tmp_path / "two", start, pairs, 2, fsdp=True, **flags)
     one, two = ([s["loss"] for s in steps_of(tmp_path / folder)] for folder in ("one", "two"))
