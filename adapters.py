@@ -9,7 +9,7 @@ first step is the model it was made from, and so is its reference. No dropout, f
 Imported only with --lora-rank.
 """
 
-import json
+import hashlib
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +31,13 @@ def check(rank: int) -> None:
         raise common.UserError("--lora-rank needs peft: pip install peft") from None
 
 
-def add(policy: nn.Module, rank: int, base_dtype: torch.dtype, dtype: torch.dtype) -> None:
+def add(
+    policy: nn.Module,
+    rank: int,
+    base_dtype: torch.dtype,
+    dtype: torch.dtype,  # of the adapters
+    empty: bool = False,  # there are no weights yet (--fsdp), so they are not to be touched
+) -> None:
     """In place: freeze what there is, put the adapters beside it."""
     from peft import LoraConfig, inject_adapter_in_model
     from transformers.pytorch_utils import Conv1D
@@ -47,12 +53,26 @@ def add(policy: nn.Module, rank: int, base_dtype: torch.dtype, dtype: torch.dtyp
     for p in policy.parameters():
         p.requires_grad_(False)
         if p.dim() > 1:  # norms, and rotary frequencies (buffers), cost nothing and stay exact
-            p.data = p.data.to(base_dtype)
+            p.data = torch.empty_like(p, dtype=base_dtype) if empty else p.data.to(base_dtype)
+    policy.frozen_digest = digest(policy) if common.MAIN_PROCESS else None
     inject_adapter_in_model(config, policy)
     config.target_modules = sorted(config.target_modules)  # a set is written in any order
     policy.adapter_config = config
     for p in trained(policy).values():
         p.data = p.data.to(dtype)
+
+
+def digest(policy: nn.Module) -> str | None:
+    """Tells one frozen model from another, by some numbers of every tensor: a checkpoint of
+    adapters is of no use beside another.
+    """
+    state = hashlib.sha256()
+    for name, p in policy.named_parameters():
+        if p.is_meta:
+            return None
+        some = p.detach().flatten()[:: max(1, p.numel() // 1024)]
+        state.update(name.encode() + some.double().cpu().numpy().tobytes())
+    return state.hexdigest()[:24]
 
 
 def trained(policy: nn.Module) -> dict[str, nn.Parameter]:
@@ -95,7 +115,6 @@ def save(policy: nn.Module, tensors: dict[str, Tensor], folder: Path, base: str)
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(temporary)
     save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
-    json.loads((temporary / "adapter_config.json").read_text())
     common.sync_folder(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

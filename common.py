@@ -17,6 +17,7 @@ Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 an
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -66,6 +67,9 @@ def _show_user_errors(kind, error, trace, default=sys.excepthook) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
     else:
         let_main_go_first()
+        # Still here: the main process knows nothing of it. Another machine may lack a file.
+        where = f"process {os.environ.get('RANK')} ({platform.node()})"
+        print(f"error on {where}: {error}", file=sys.stderr, flush=True)
 
 
 sys.excepthook = _show_user_errors
@@ -234,6 +238,14 @@ def from_main(make: Callable[[], dict]) -> dict:
     if "error" in result:
         raise UserError(result["error"])
     return result
+
+
+def any_process(this_one: bool) -> bool:
+    """Whether it is so on any process."""
+    found = torch.tensor(float(this_one))
+    if processes() > 1:
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
 
 
 class Processes:
@@ -463,6 +475,10 @@ class Run(Processes):
                 f"--epochs {args.epochs} of {self.steps_per_epoch} steps each is less than one step"
             )
         self.lengths = [row.tokens() for row in train.rows]
+        self.rows = train.digest()
+        theirs = from_main(lambda: {"rows": self.rows})["rows"]
+        if any_process(theirs != self.rows):
+            raise UserError(f"{args.dataset}: not all machines have the same rows of it")
         epochs = self.total_steps / self.steps_per_epoch
         say(
             "steps",
@@ -668,6 +684,8 @@ class Run(Processes):
         the main process writes; the others wait for it at the next exchange, or hand it their parts
         of a model that is spread over them.
         """
+        if self.in_step:  # a signal may have come while they were together
+            beside("sharding").apart(self.policy)
         weights = trained_tensors(self.policy)
         state = optimizer_tensors(self.policy, self.optimizer)
         temporary = self.folder / f"tmp-checkpoint-{self.step}"
@@ -691,6 +709,7 @@ class Run(Processes):
         if not MAIN_PROCESS:
             return
         facts = {"step": self.step, "skipped": self.skipped_in_a_row, "logs": self.log_sizes}
+        facts |= self._made_from()
         (temporary / "state.json").write_text(json.dumps(facts))
         files = sorted(temporary.iterdir())
         manifest = {p.name: {"bytes": _size(p), "sha256": file_hash(p)} for p in files}
@@ -718,6 +737,20 @@ class Run(Processes):
             folder.rename(folder.with_name(f"damaged-{folder.name}-{time.time_ns()}"))
         return {"folder": None}
 
+    def _made_from(self) -> dict:
+        """What a checkpoint does not hold, but makes sense with alone."""
+        return {"rows": self.rows, "frozen": getattr(self.policy, "frozen_digest", None)}
+
+    def _refuse_other_data(self, facts: dict) -> dict:
+        now, names = self._made_from(), {"rows": "--dataset", "frozen": "--model"}
+        changed = [names[key] for key in now if facts.get(key, now[key]) != now[key]]
+        if changed:
+            raise UserError(
+                f"{self.folder} holds another run: what {' and '.join(changed)} stands for has "
+                "changed since. --resume never starts a new folder beside it"
+            )
+        return {}
+
     def restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
         self.policy, self.optimizer, self.to_save = policy, optimizer, True
@@ -730,6 +763,7 @@ class Run(Processes):
                     "--output-dir must lie on a disk that all of them share"
                 )
             facts = json.loads((folder / "state.json").read_text())
+            from_main(lambda: self._refuse_other_data(facts))
             with safe_open(folder / "policy.safetensors", "pt") as saved:
                 for name, tensor in trained_tensors(policy).items():
                     put(tensor, saved, name)
@@ -790,7 +824,8 @@ class Run(Processes):
         tokenizer.save_pretrained(temporary)
         mend_for_transformers_4(temporary, dtype)
         if adapters:
-            adapters.save(policy, lora, self.folder / "adapter", self.args.model)
+            base = resolve_model(self.args.model)
+            adapters.save(policy, lora, self.folder / "adapter", base)
         sync_folder(temporary)
         for file in temporary.iterdir():
             file.chmod(0o644)  # Transformers makes the weights private
@@ -1011,8 +1046,10 @@ def load_rows(
 def _own_test_split(dataset: str, kind: str) -> str | None:
     if dataset.split(":")[0] == "family":
         return dataset
-    sources = beside("sources")
-    return sources.test_split(dataset, kind) if sources else None
+    if not (sources := beside("sources")):
+        return None
+    # One answer for all, for it may hang on the network.
+    return from_main(lambda: {"name": sources.test_split(dataset, kind)})["name"]
 
 
 def _choose(rows: list[Row], most: int, tokenizer) -> tuple[list[Row], list[Row]]:
@@ -1576,7 +1613,8 @@ def load_policy(
             refusal = from_main(probe)["refusal"]
     if lora_rank:
         low = policy.compute_dtype if policy.compute_dtype.itemsize < 4 else stored
-        needed("adapters", "--lora-rank").add(policy, lora_rank, low, stored)
+        empty = spread and not MAIN_PROCESS
+        needed("adapters", "--lora-rank").add(policy, lora_rank, low, stored, empty)
     if spread:
         needed("sharding", "--fsdp").shard(policy, run.device)
         run.in_step = True
@@ -1590,6 +1628,7 @@ def load_policy(
     if policy.compute_dtype.itemsize < 4 and (spread or lora_rank):
         # Low embeddings would make the hidden states between the layers low too.
         policy.get_input_embeddings().register_forward_hook(lambda _, ids, out: out.to(stored))
+    policy.compiled = compile
     for layer in layers_of(policy) if compile or gradient_checkpointing else ():
         if compile:
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -2053,8 +2092,10 @@ def add_reference_logps(
     }
     key = hashlib.sha256()
     for name, tensor in _state_tensors(reference).items():
-        there = whole(tensor.detach()).cpu().contiguous().flatten()
-        key.update(name.encode() + there.view(torch.uint8).numpy().tobytes())
+        there = whole(tensor.detach())
+        if MAIN_PROCESS:  # the others follow it
+            there = there.cpu().contiguous().flatten()
+            key.update(name.encode() + there.view(torch.uint8).numpy().tobytes())
     facts = [
         str(reference.compute_dtype),
         reference.config._attn_implementation,
@@ -2105,10 +2146,10 @@ def add_reference_logps(
         temporary = file.with_name(f".{file.name}.{os.getpid()}")
         save_file({name: rows.ref_logps for name, (rows, _) in parts.items()}, temporary)
         os.replace(temporary, file)
-    say(
-        "reference",
-        f"log-probs of {'the policy before its first step' if ref_model is None else ref_model}",
-    )
+    of = "the policy before its first step" if ref_model is None else ref_model
+    say("reference", f"log-probs of {of}")
+    del reference
+    gc.collect()  # a second model would lie in memory for a while: it refers to itself
 
 
 def load_reference(ref_model: str, soup_weight: float, policy: nn.Module, run: Run) -> nn.Module:
@@ -2127,6 +2168,8 @@ def load_reference(ref_model: str, soup_weight: float, policy: nn.Module, run: R
                         f"--ref-model {ref_model}: {name} differs in shape between the two models"
                     )
                 tensor.lerp_(other[name], 1 - soup_weight)  # also where both are spread
+        del other
+        gc.collect()
     if reference.config.vocab_size != policy.config.vocab_size:
         raise UserError(f"--ref-model {ref_model} has another vocabulary than the policy")
     return reference
@@ -2239,7 +2282,8 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ inverting the cumulative distribution.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -57,17 +57,20 @@ def generate(
 
 @contextmanager
 def _attention_for_sampling(policy: nn.Module) -> Iterator[None]:
-    """flex_attention would be compiled again for every length of the cache."""
-    asked = policy.config._attn_implementation
-    if asked != "flex_attention":
-        yield
-        return
-    softcap = getattr(policy.config, "attn_logit_softcapping", None)
-    policy.set_attn_implementation("eager" if softcap else "sdpa")
+    """flex_attention would be compiled again for every length of the cache; and so would compiled
+    layers, each for itself, until no graph is left for training.
+    """
+    asked, compiled = policy.config._attn_implementation, getattr(policy, "compiled", False)
+    flex = asked == "flex_attention"
+    if flex:
+        softcap = getattr(policy.config, "attn_logit_softcapping", None)
+        policy.set_attn_implementation("eager" if softcap else "sdpa")
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
-        policy.set_attn_implementation(asked)
+        if flex:
+            policy.set_attn_implementation(asked)
 
 
 def _generate_batch(

@@ -110,6 +110,13 @@ def put(tensor: Tensor, whole: Any) -> None:
         tensor.copy_(whole)
 
 
+def apart(policy: nn.Module) -> None:
+    """Every part of the model is cut up, wherever the run was."""
+    for part in policy.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 @contextmanager
 def gathered(policy: nn.Module) -> Iterator[None]:
     """All weights together on every process, in the dtype they are computed with: for sampling,
@@ -124,4 +131,4 @@ def gathered(policy: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             part.set_reshard_after_forward(part is not policy, recurse=False)
-            part.reshard()
+        apart(policy)

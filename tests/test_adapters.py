@@ -1,13 +1,14 @@
 """--lora-rank: only adapters are trained, and what is saved is what was trained."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_train import (
     HOT,
     Broken,
@@ -149,6 +150,27 @@ def test_broken_run_goes_on_to_the_same_end(checkpoints, pairs, plain, monkeypat
             train(dpo, start, pairs, "broken", **LORA)
     assert train(dpo, start, pairs, "broken", **LORA) == 0
     assert_same_run("whole", "broken")
+
+
+@pytest.mark.parametrize("what", ["rows", "weights"])
+def test_other_rows_or_weights_are_refused(checkpoints, pairs, plain, monkeypatch, what):  # noqa: F811
+    """The flags are the same, what stands behind them is not."""
+    start, rows = Path("start"), Path("rows.jsonl")
+    shutil.copytree(checkpoints("llama"), start)
+    shutil.copyfile(pairs, rows)
+    with monkeypatch.context() as patch:
+        at_loss_call(patch, dpo, in_step(4), break_down)
+        with pytest.raises(Broken):
+            train(dpo, start, rows, "out", **LORA)
+    if what == "rows":
+        rows.write_text(rows.read_text().replace("yes", "yet"))
+    else:
+        weights = load_file(start / "model.safetensors")
+        weights["model.layers.0.mlp.up_proj.weight"].add_(1e-3)
+        save_file(weights, start / "model.safetensors", {"format": "pt"})
+    named = {"rows": "--dataset", "weights": "--model"}[what]
+    with pytest.raises(common.UserError, match=f"what {named} stands for has changed since"):
+        train(dpo, start, rows, "out", **LORA)
 
 
 @pytest.mark.slow

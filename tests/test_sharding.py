@@ -288,12 +288,73 @@ def test_signal_to_a_spread_run(checkpoints, pairs, tmp_path):  # noqa: F811
     assert steps_of("out")[-1]["step"] == saved < 120
 
 
+@pytest.mark.slow
+def test_signal_while_a_spread_model_samples(checkpoints, pairs, tmp_path):  # noqa: F811
+    """Its weights are together then, and have to come apart again before they are saved."""
+    flags = SMALL | {"lora_rank": 4, "dtype": "bfloat16", "sample_every": 2, "beta": 0.5}
+    flags |= {"model": checkpoints("gpt2"), "dataset": pairs, "output_dir": tmp_path / "out"}
+    script = tmp_path / "signalled.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import common, dpo, generation\n"
+        "whole = generation._generate_batch\n"
+        "def signalled(*args):\n"
+        "    if common.Run.current.step == 4:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return whole(*args)\n"
+        "generation._generate_batch = signalled\n"
+        "dpo.main(common.command_line(dpo.Args, ''))\n"
+    )
+    words = [*as_flags(**flags), "--fsdp"]
+    _, out, err = run_script(script.name, *words, processes=2, cwd=tmp_path)
+    assert "stopped: step 4 is saved" in out and "signalled.py\", line" not in err, err
+    assert 4 in checkpoints_in(tmp_path / "out")
+    assert common.damage_of(tmp_path / "out" / "checkpoint-4") is None
+    weights = load_file(tmp_path / "out" / "checkpoint-4" / "policy.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+def test_mistake_of_another_machine_is_told(monkeypatch, capsys):
+    """The main process knows nothing of it."""
+    monkeypatch.setattr(common, "MAIN_PROCESS", False)
+    monkeypatch.setattr(common.time, "sleep", lambda _: None)
+    monkeypatch.setenv("RANK", "3")
+    common._show_user_errors(common.UserError, common.UserError("no such folder"), None)
+    assert "error on process 3 (" in (told := capsys.readouterr().err)
+    assert told.endswith("): no such folder\n")
+
+
 def test_one_process_has_nothing_to_spread(checkpoints, pairs, plain, capsys):  # noqa: F811
     assert train(dpo, checkpoints("llama"), pairs, "out", fsdp=True, max_steps=1) == 0
     assert "--fsdp: one process, so there is nothing to spread" in capsys.readouterr().out
 
 
 # -- compiled layers
+
+
+def test_sampling_uses_up_no_graph(checkpoints, monkeypatch):
+    """Else layers would be compiled for every cache of every layer, and training not any more."""
+    import generation
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **more: compiled(f, backend="eager", **more))
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    policy = common.load_policy(str(checkpoints("llama")), "float32", OneProcess(), compile=True)
+    ids = torch.arange(3, 30).int().numpy()
+
+    class Alone(OneProcess):
+        share = staticmethod(lambda parts, label: ((part, True) for part in parts))
+
+    generation.generate(policy, [ids, ids[:9]], frozenset([1]), 6, 0.0, 0, Alone())
+    assert graphs["unique_graphs"] == 0
+    rows = common.Rows("", [common.Row(ids, [ids[:7], ids[:5]], ids)])
+    common.response_logps(policy, common.collate_for(policy, rows, [0]))[0].sum().backward()
+    assert graphs["unique_graphs"] >= 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow
