@@ -8,7 +8,9 @@ that method's file.
 A row of data is always the same thing: a prompt and its K responses. A method is a function of the
 (B, K) matrix of response log-probs. With this file, one method file, a JSONL and a local model,
 training works; `kernels/` (fused log-probs), `report.py` (curves, samples, the closing block),
-`generation.py`, `sources.py` (short names, hubs) and `family.py` are used where they are.
+`generation.py`, `sources.py` (short names, hubs), `tokenising.py` (large sets), `memory.py` (the
+plan) and `family.py` are used where they are; `sharding.py`, `adapters.py` and `tracking.py` where
+a flag asks for them.
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers
 5.23.

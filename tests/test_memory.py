@@ -469,3 +469,31 @@ def test_the_script_plans_a_model(model, capsys):
 
 if __name__ == "__main__":
     measure(*sys.argv[1:])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        MemoryError(),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_out_of_memory_ends_with_the_next_flag(error, rank, monkeypatch, capsys):
+    """Whichever process it was: that one knows."""
+    place = SimpleNamespace(args=Flags(micro_batch_size=4), world=4, rank=rank)
+    monkeypatch.setattr(common.Run, "current", place)
+    monkeypatch.setattr(common, "MAIN_PROCESS", rank == 0)
+    common._show_user_errors(type(error), error, None)
+    last = capsys.readouterr().err.splitlines()[-1]
+    advice = "--micro-batch-size 2 is the next thing to try"
+    assert last == f"error: out of memory on process {rank}: {advice}"
+
+
+def test_other_errors_do_not_speak_of_memory(monkeypatch, capsys):
+    place = SimpleNamespace(args=Flags(), world=1, rank=0)
+    monkeypatch.setattr(common.Run, "current", place)
+    common._show_user_errors(RuntimeError, RuntimeError("shapes differ"), None)
+    told = capsys.readouterr().err
+    assert "shapes differ" in told and "memory" not in told
