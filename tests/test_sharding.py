@@ -308,7 +308,7 @@ def test_signal_while_a_spread_model_samples(checkpoints, pairs, tmp_path):  # n
     )
     words = [*as_flags(**flags), "--fsdp"]
     _, out, err = run_script(script.name, *words, processes=2, cwd=tmp_path)
-    assert "stopped: step 4 is saved" in out and "signalled.py\", line" not in err, err
+    assert "stopped: step 4 is saved" in out and 'signalled.py", line' not in err, err
     assert 4 in checkpoints_in(tmp_path / "out")
     assert common.damage_of(tmp_path / "out" / "checkpoint-4") is None
     weights = load_file(tmp_path / "out" / "checkpoint-4" / "policy.safetensors")
