@@ -82,7 +82,8 @@ def shard(policy: nn.Module, device: torch.device) -> None:
         if whole is None:
             whole = torch.empty(tensor.shape, dtype=tensor.dtype)
         whole = whole.cpu().contiguous()
-        dist.broadcast(whole.view(-1).view(torch.uint8), 0)
+        for piece in whole.view(-1).view(torch.uint8).split(2**28):  # no message beyond 2 GiB
+            dist.broadcast(piece, 0)
         with torch.no_grad():
             put(tensor, whole)
 
