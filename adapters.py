@@ -5,6 +5,8 @@
 
 on every linear layer between the embeddings and the head. B starts at 0, so the policy before its
 first step is the model it was made from, and so is its reference. No dropout, for the same reason.
+A learning rate that was published for all weights is usually too low for adapters: Schulman et al.
+("LoRA Without Regret", 2025) found about ten times as much to be best.
 
 Imported only with --lora-rank.
 """

@@ -489,7 +489,7 @@ class Run(Processes):
         )
         if args.lora_rank and self.origin["lr"] != "command line":
             lr = _short_number(args.lr)
-            say("", f"--lr {lr} was published for all weights; adapters want about ten times that")
+            say("", f"--lr {lr} was published for all weights; adapters usually want more")
         if memory := beside("memory"):
             memory.tell(self, train)
 

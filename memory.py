@@ -534,7 +534,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # -- on its own
 
-SHAPES = {  # from their published config.json
+SHAPES = {  # as published; of EuroLLM's only the key-value heads were looked up
     "gemma-2-2b": dict(
         model_type="gemma2", hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
         num_attention_heads=8, num_key_value_heads=4, head_dim=256, vocab_size=256_000,

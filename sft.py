@@ -81,8 +81,8 @@ class Args:
     attn: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"  # attention; auto: sdpa, or eager where sdpa would leave something out
     fused_logps: bool = True  # log-probs through kernels/, which never hold the logits; off: the plain lines in common.py
     fsdp: bool = False  # weights, gradients and optimizer state are spread over the processes
-    gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, a third more time
-    compile: bool = False  # torch.compile of the layers: slow first steps, then faster ones
+    gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, one more forward pass
+    compile: bool = False  # torch.compile of the layers: the first steps take long, what the others gain is not measured yet
     lora_rank: int = 0  # train adapters of this rank beside the frozen linear layers (LoRA, alpha twice the rank); 0: train all weights
     # The run
     output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults

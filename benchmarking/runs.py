@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import common
 import dpo
 from benchmarking.measure import Watch
+from memory import SHAPES
 
 BETA, LR, CLIP = 0.1, 1e-4, 1.0
 SPREAD = 0.4  # of the logarithm of lengths
@@ -41,16 +42,8 @@ MODELS = {
         model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, vocab_size=500,
     ),
-    "gemma-2-2b": dict(model_type="gemma2"),  # Transformers' defaults are the 2B
-    "tinyllama": dict(
-        model_type="llama", hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
-        num_attention_heads=32, num_key_value_heads=4, vocab_size=32_000,
-    ),
-    "eurollm-1.7b": dict(
-        model_type="llama", hidden_size=2048, intermediate_size=5632, num_hidden_layers=24,
-        num_attention_heads=16, num_key_value_heads=8, vocab_size=128_000,
-    ),
-    "gpt2": dict(model_type="gpt2", n_positions=2048),
+    **SHAPES,
+    "gpt2": SHAPES["gpt2"] | {"n_positions": 2048},  # for longer rows
 }  # fmt: skip
 
 

@@ -96,6 +96,12 @@ def test_dropout_stays_off_where_activations_are_made_again(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     policy = common.load_policy(str(tmp_path), "float32", OneProcess(), gradient_checkpointing=True)
     assert not any(module.training for module in policy.modules())
+    ids = torch.arange(3, 30).int().numpy()
+    rows = common.Rows("", [common.Row(ids, [ids[:7], ids[:5]], ids)])
+    once, again = (
+        common.response_logps(policy, common.collate_for(policy, rows, [0]))[0] for _ in range(2)
+    )
+    assert once.requires_grad and torch.equal(once, again)
 
 
 # -- spread over processes
