@@ -144,6 +144,7 @@ def fill_in(args: Any, settings: dict[str, dict]) -> tuple[dict[str, str], dict]
             origin[f.name] = f"{published}: {row['source']}"
         else:
             origin[f.name] = "default" if value == f.default else "command line"
+    args.lora_rank = args.lora_rank or 0  # left out, and no row names one
     say("settings", ", ".join(taken) or "all from the command line")
     untested = "" if published == name else f", untested on {name}"
     published = row["source"] if published == "tiny" else f"published for {published}{untested}"
@@ -248,6 +249,13 @@ def any_process(this_one: bool) -> bool:
     if processes() > 1:
         dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found)
+
+
+def over_processes(tensor: Tensor) -> Tensor:
+    """The sum of what each process has."""
+    if processes() > 1:
+        dist.all_reduce(tensor)
+    return tensor
 
 
 class Processes:
@@ -487,7 +495,7 @@ class Run(Processes):
             f"{self.total_steps:,} of {args.batch_size} prompts ({epochs:.2f} epochs), "
             f"in micro-batches of {args.micro_batch_size}",
         )
-        if args.lora_rank and self.origin["lr"] != "command line":
+        if args.lora_rank and not self.row.get("lora_rank") and self.origin["lr"] != "command line":
             lr = _short_number(args.lr)
             say("", f"--lr {lr} was published for all weights; adapters usually want more")
         if memory := beside("memory"):
@@ -528,17 +536,18 @@ class Run(Processes):
             torch.manual_seed(hash_of(self.args.seed, self.step, self.rank))
             micros = self.step_rows(self.step)
             rows = [data.rows[i] for micro in micros for i in micro]
+            mean = mean_length(rows)
             self.clock, self.tokens, self.places, self.filled = time.perf_counter(), 0, 0, 0
             yield Batch(
-                (self._collated(data, indexes) for indexes in micros[self.rank :: self.world]),
+                (self._collated(data, i, mean) for i in micros[self.rank :: self.world]),
                 prompts=len(rows),
                 response_tokens=sum(len(r) for row in rows for r in row.responses),
                 step=self.step,
             )
         self.bar.close()
 
-    def _collated(self, data: Rows, indexes: list[int]) -> Micro:
-        micro = collate_for(self.policy, data, indexes)
+    def _collated(self, data: Rows, indexes: list[int], mean: float) -> Micro:
+        micro = collate_for(self.policy, data, indexes, mean)
         self.tokens += micro.tokens
         self.places += micro.input_ids.numel()
         self.filled += micro.filled
@@ -645,17 +654,17 @@ class Run(Processes):
         """
         ends, args = self.step in (0, self.total_steps), self.args
         if len(held_out) and (ends or (args.eval_every and self.step % args.eval_every == 0)):
-            training, self.sums = self.sums, {}
+            (training, self.sums), mean = (self.sums, {}), mean_length(held_out.rows)
             with torch.no_grad():
                 for indexes, mine in self.share(self.held_out_rows(held_out), "held-out rows"):
-                    metrics = losses_of(collate_for(policy, held_out, indexes))[1]
+                    metrics = losses_of(collate_for(policy, held_out, indexes, mean))[1]
                     self.add(metrics if mine else {})
             # A process may have had no rows; the main one always has some.
             names = from_main(lambda: {"names": list(self.sums)})["names"]
             self.sums = {name: self.sums.get(name, [0.0, 0.0]) for name in names}
             metrics, _ = self._reduce()
             self.sums = training
-            self.log({"step": self.step} | {f"eval/{name}": metrics[name] for name in names})
+            self.log({"step": self.step} | {f"eval/{name}": x for name, x in metrics.items()})
             shown = [n for n in ("loss", "rewards/accuracies", "rewards/margins") if n in metrics]
             told = ", ".join(f"{name} {metrics[name]:.4f}" for name in shown)
             self.print(f"step {self.step:<6}held-out {told}")
@@ -977,6 +986,7 @@ class Row:
     ask: (
         np.ndarray
     )  # what to generate from for a sample: the prompt, also where it counts as response
+    scores: np.ndarray | None = None  # float64, one a response; of a labelled row 1 or 0
 
     def length(self) -> int:
         return len(self.prompt) + max(map(len, self.responses))
@@ -993,16 +1003,20 @@ class Rows:
     name: str
     rows: list[Row]
     ref_logps: Tensor | None = None  # (N, K) float64, NaN where not computed
+    apart: bool = False  # a row's responses go through the model in passes of their own
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def digest(self) -> str:
-        """Of all token ids: other rows, tokenizer, template or lengths give another digest."""
+        """Of all token ids and scores: other rows, tokenizer, template or lengths give another
+        digest.
+        """
         state = hashlib.sha256()
         for row in self.rows:
             for ids in (row.prompt, *row.responses):
                 state.update(len(ids).to_bytes(4, "little") + ids.tobytes())
+            state.update(b"" if row.scores is None else row.scores.tobytes())
         return state.hexdigest()
 
 
@@ -1017,7 +1031,7 @@ class LeftOut(str):
 def load_rows(
     dataset: str,
     eval_dataset: str | None,
-    kind: str,  # "pair" or "demonstration": what the method takes
+    kind: str,  # what the method takes: "pair", "ranked", "labelled" or "demonstration"
     tokenizer,
     max_length: int,  # tokens of prompt and response together
     max_prompt_length: int,  # tokens kept of a prompt whose row is too long
@@ -1025,10 +1039,11 @@ def load_rows(
     skip_bad_rows: bool = False,
     prompt_too: bool = False,  # demonstrations: the prompt is response too, but for its first token
     cache_dir: str | None = None,  # where the tokens of large sets are kept; default runs/.cache
+    targets: bool = False,  # pairs: a row's `target` is its third response
 ) -> tuple[Rows, Rows]:
     """Training rows and held-out rows; prints the data report; bad rows end the run here."""
     cut = (max_length, max_prompt_length)
-    how = (kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too, cache_dir)
+    how = (kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too, cache_dir, targets)
     train = _read(dataset, "train", *how)
     if eval_dataset:
         held_out = _read(eval_dataset, "test", *how)
@@ -1082,7 +1097,7 @@ class Found:
 
 
 def _read(
-    dataset, split, kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too, cache_dir
+    dataset, split, kind, tokenizer, cut, pairs, skip_bad_rows, prompt_too, cache_dir, targets
 ) -> Rows:
     fits = Fits(tokenizer, cut[1])
     raws = _raw_rows(dataset, split, kind, fits)
@@ -1093,12 +1108,12 @@ def _read(
 
     def find(raws: Iterable[tuple[str, Any]], encode: Encode, label: str = "") -> Found:
         raws = progress_bar(raws, label, unit=" rows") if label else raws
-        return _find(raws, kind, pairs, tokenizer, cut, prompt_too, encode)
+        return _find(raws, kind, pairs, targets, tokenizer, cut, prompt_too, encode)
 
     many, how = len(first) == MANY_ROWS, ""
     tokenising = beside("tokenising") if many and tokenizer.is_fast else None
     if tokenising:
-        what = [dataset, split, kind, pairs, cut, prompt_too]
+        what = [dataset, split, kind, pairs, targets, cut, prompt_too]
         raws = chain(first, raws)
         exact = lambda raws: again() if fits.doubtful else raws  # noqa: E731
         found, how = tokenising.find_once(raws, exact, find, tokenizer, what, cache_dir)
@@ -1154,12 +1169,12 @@ def by_tokenizer(tokenizer) -> Encode:
     return lambda texts: tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
 
-def _find(raws, kind, pairs, tokenizer, cut, prompt_too, encode: Encode) -> Found:
+def _find(raws, kind, pairs, targets, tokenizer, cut, prompt_too, encode: Encode) -> Found:
     """Rows as token ids. Their texts are encoded a chunk at a time, each text of a chunk once."""
     found = Found([], Counter(), [])
     raws = iter(raws)
     while chunk := list(islice(raws, CHUNK)):
-        ready = [_texts_of(raw, found, kind, pairs, tokenizer) for _, raw in chunk]
+        ready = [_texts_of(raw, found, kind, pairs, targets, tokenizer) for _, raw in chunk]
         records = [record for records, _ in ready for record in records]
         texts = list(dict.fromkeys(t for r in records for t in (r.prompt, *r.responses)))
         ids = dict(zip(texts, encode(texts), strict=True))
@@ -1177,7 +1192,7 @@ def _find(raws, kind, pairs, tokenizer, cut, prompt_too, encode: Encode) -> Foun
 
 
 def _texts_of(
-    raw: Any, found: Found, kind: str, pairs: str, tokenizer
+    raw: Any, found: Found, kind: str, pairs: str, targets: bool, tokenizer
 ) -> tuple[list[Texts], BadRow | None]:
     """What a row gives to the tokenizer; what is wrong with the row, and everything before it."""
     ready: list[Texts] = []
@@ -1189,7 +1204,7 @@ def _texts_of(
             found.counts[str(raw)] += 1
             return ready, None
         found.kind = found.kind or _kind_of(raw)
-        for record in _records(raw, found.kind, kind, pairs, found.counts):
+        for record in _records(raw, found.kind, kind, pairs, targets, found.counts):
             ready.append(_texts(record, tokenizer))
     except BadRow as reason:
         return ready, reason
@@ -1264,49 +1279,76 @@ class Record:
 
     prompt: str | list[dict]
     responses: list[str] | list[list[dict]]
+    scores: list[float] | None = None
 
 
-def _records(raw: dict, found: str, kind: str, pairs: str, counts: Counter) -> Iterator[Record]:
+def _records(
+    raw: dict, found: str, kind: str, pairs: str, targets: bool, counts: Counter
+) -> Iterator[Record]:
     """What a row gives to a method that takes `kind`: itself, or what a richer row can be turned
     into.
     """
-    for column in KINDS[found]:
+    for column in (*KINDS[found], *["target"] * targets):
         if raw.get(column) is None:
             raise BadRow(f"no {column!r}")
-    if kind == "pair" and found == "pair":
-        yield _pair(raw)
-    elif kind == "pair" and found == "ranked":
-        prompt, ranked = _ranked(raw)
-        chosen = {  # distinct texts: a policy often gives the same answer twice
-            "best-worst": [(ranked[0], ranked[-1])] if len(ranked) > 1 else [],
-            "adjacent": list(zip(ranked, ranked[1:])),  # noqa: B905 (one shorter by design)
-            "all": [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :]],
-        }[pairs]
-        made = [
-            Record(prompt, [a, b]) for (score_a, a), (score_b, b) in chosen if score_a > score_b
-        ]
-        counts["all responses equal"] += not made
-        yield from made
-    elif kind == "demonstration":
-        if found == "ranked":
-            prompt, ranked = _ranked(raw)
-            yield Record(prompt, [ranked[0][1]])
-        elif found == "pair":
-            pair = _pair(raw)
-            yield Record(pair.prompt, pair.responses[:1])
-        elif found == "messages":
-            yield _dialogue(raw["messages"], "messages")
-        elif found == "text":
-            yield Record("", [_text(raw, "text")])
-        elif found == "labelled" and not isinstance(raw["label"], bool):
+    target = [_response(raw["target"], "target")] if targets else []
+    if (kind, found) in (("demonstration", "messages"), ("demonstration", "text")):
+        yield (
+            _dialogue(raw["messages"], "messages")
+            if found == "messages"
+            else Record("", [_text(raw, "text")])
+        )
+    elif (kind, found) == ("demonstration", "demonstration"):
+        yield Record(_prompt(raw), [_response(raw["completion"], "completion")])
+    elif found == "labelled" and kind in ("demonstration", "labelled"):
+        if not isinstance(raw["label"], bool):
             raise BadRow(f"'label' must be true or false, this is {raw['label']!r}")
-        elif found == "labelled" and not raw["label"]:
+        if kind == "demonstration" and not raw["label"]:
             counts["labelled false"] += 1
+            return
+        completion = _response(raw["completion"], "completion")
+        scores = [float(raw["label"])] if kind == "labelled" else None
+        yield Record(_prompt(raw), [completion], scores)
+    elif found == "pair":
+        pair = _pair(raw)
+        if kind == "ranked":
+            yield Record(pair.prompt, pair.responses, [1.0, 0.0])
+        elif kind == "labelled":
+            for response, label in zip(pair.responses, (1.0, 0.0), strict=True):
+                yield Record(pair.prompt, [response], [label])
         else:
-            yield Record(_prompt(raw), [_response(raw["completion"], "completion")])
+            wanted = pair.responses + target if kind == "pair" else pair.responses[:1]
+            yield Record(pair.prompt, wanted)
+    elif found == "ranked":
+        prompt, ranked = _ranked(raw)
+        scores, responses = ([entry[i] for entry in ranked] for i in (0, 1))
+        if kind == "demonstration":
+            yield Record(prompt, responses[:1])
+        elif scores[0] == scores[-1]:  # also where there is but one
+            counts["all responses equal"] += 1
+        elif kind == "ranked":
+            yield Record(prompt, responses, scores)
+        elif kind == "labelled":
+            yield Record(prompt, responses[:1], [1.0])
+            yield Record(prompt, responses[-1:], [0.0])
+        else:
+            chosen = {  # distinct texts: a policy often gives the same answer twice
+                "best-worst": [(ranked[0], ranked[-1])],
+                "adjacent": list(zip(ranked, ranked[1:])),  # noqa: B905 (one shorter by design)
+                "all": [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :]],
+            }[pairs]
+            for (score_a, a), (score_b, b) in chosen:
+                if score_a > score_b:
+                    yield Record(prompt, [a, b, *target])
     else:
+        richer = {
+            "pair": " or ranked ones",
+            "ranked": " or pairs",
+            "labelled": ", pairs or ranked ones",
+        }
         raise BadRow(
-            f"holds {found} rows; needed are {kind} rows ({', '.join(KINDS[kind])}) or ranked ones"
+            f"holds {found} rows; needed are {kind} rows ({', '.join(KINDS[kind])})"
+            f"{richer.get(kind, ' or ranked ones')}"
         )
 
 
@@ -1401,6 +1443,7 @@ class Texts:
 
     prompt: str
     responses: list[str]
+    scores: list[float] | None
     templated: bool
 
 
@@ -1413,7 +1456,7 @@ def _texts(record: Record, tokenizer) -> Texts:
         prompt, responses = _render(record, tokenizer)
     if any(map(_half_a_character, (prompt, *responses))):
         raise BadRow("a text holds half a character (a lone surrogate)")
-    return Texts(prompt, responses, templated)
+    return Texts(prompt, responses, record.scores, templated)
 
 
 def _half_a_character(text: str) -> bool:
@@ -1454,12 +1497,22 @@ def _tokenise(
     if prompt_too or not prompt:  # the first token has nothing before it to be predicted from
         whole = prompt + responses[0]
         prompt, responses = whole[:1], [whole[1:]]
-    if len(responses) == 2 and responses[0] == responses[1]:
+    scores = record.scores
+    if scores and len(responses) > 1:  # of those that cutting made equal, the best stays
+        first = {tuple(r): i for i, r in reversed(list(enumerate(responses)))}
+        kept = sorted(first.values())
+        counts["responses equal after cutting"] += len(responses) - len(kept)
+        responses, scores = [responses[i] for i in kept], [scores[i] for i in kept]
+        told_apart = scores[0] > scores[-1]
+    else:
+        told_apart = len(responses) < 2 or responses[0] != responses[1]
+    if not told_apart:
         counts["equal after cutting"] += 1
         return None
     beginning = np.array(prompt, np.int32)
     ask = beginning if asked is prompt else np.array(asked, np.int32)
-    return Row(beginning, [np.array(r, np.int32) for r in responses], ask)
+    numbers = None if scores is None else np.array(scores, np.float64)
+    return Row(beginning, [np.array(r, np.int32) for r in responses], ask, numbers)
 
 
 def _render(record: Record, tokenizer) -> tuple[str, list[str]]:
@@ -1498,11 +1551,18 @@ def _report(dataset, split, kind, pairs, found: Found, how: str, tokenizer) -> N
     if not MAIN_PROCESS:
         return
     rows, counts, bad = found.rows, found.counts, found.bad
-    became = (
-        ""
-        if found.kind == kind
-        else f" -> {len(rows):,} {kind}s" + (f" ({pairs})" if found.kind == "ranked" else "")
-    )
+    became = ""
+    if found.kind != kind:
+        how_many = {"pair": pairs, "labelled": "best and worst"}.get(kind)
+        named = {"ranked": "ranked lists", "labelled": "labelled responses"}.get(kind, f"{kind}s")
+        became = f" -> {len(rows):,} {named}"
+        became += f" ({how_many})" if found.kind == "ranked" and how_many else ""
+    if kind == "labelled":
+        became += f", {sum(bool(row.scores[0]) for row in rows):,} of them desirable"
+    if kind == "ranked":
+        sizes = [len(row.responses) for row in rows]
+        most = max(sizes)
+        became += f", of {most} responses" if min(sizes) == most else f", of 2 to {most} responses"
     lost = [
         f"{n:,} {what}"
         for what, n in counts.items()
@@ -1867,6 +1927,31 @@ class Micro:
     ref_logps: Tensor | None  # (B, K)
     tokens: int  # of prompts and responses, each counted once in either layout
     filled: int  # places of input_ids that are not padding
+    scores: Tensor  # (B, K) float64; NaN: no such response, or rows without scores
+    # Tokens of a row's first response (chosen, best), mean over the whole step, or over all
+    # held-out rows: what a mean over tokens is normalised with.
+    mean_length: float = 0.0
+
+    def column(self, k: int) -> Micro:
+        """The k-th responses alone, of rows in the plain layout."""
+        batch, many, longest = self.shape
+        line, at = self.picked // self.input_ids.shape[1], self.picked % self.input_ids.shape[1]
+        own = line % many == k
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids[k::many],
+            picked=(line // many * self.input_ids.shape[1] + at)[own],
+            targets=self.targets[own],
+            slots=(self.slots // (many * longest) * longest + self.slots % longest)[own],
+            shape=(batch, 1, longest),
+            lengths=self.lengths[:, k : k + 1],
+            ref_logps=None if self.ref_logps is None else self.ref_logps[:, k : k + 1],
+        )
+
+
+def mean_length(rows: list[Row]) -> float:
+    """Of the first responses."""
+    return sum(len(row.responses[0]) for row in rows) / max(1, len(rows))
 
 
 @dataclass
@@ -1884,14 +1969,17 @@ class Batch:
         return iter(self.micros)
 
 
-def collate_for(policy: nn.Module, data: Rows, indexes: list[int]) -> Micro:
-    """In the layout that costs this policy less."""
+def collate_for(policy: nn.Module, data: Rows, indexes: list[int], mean: float = 0.0) -> Micro:
+    """In the layout that costs this policy less. `mean` is Micro.mean_length."""
     flex = policy.config._attn_implementation == "flex_attention"
-    share = policy.share_prompt and _sharing_pays(
+    share = policy.share_prompt and not data.apart
+    share = share and _sharing_pays(
         [data.rows[i] for i in indexes], policy.config.hidden_size, flex
     )
     # Lengths that flex_attention's blocks divide: else it compiles for ever new ones.
-    return collate(data, indexes, policy.device, share, 128 if flex and share else 1)
+    micro = collate(data, indexes, policy.device, share, 128 if flex and share else 1)
+    micro.mean_length = mean
+    return micro
 
 
 def _sharing_pays(rows: list[Row], hidden: int, skips: bool) -> bool:
@@ -1924,9 +2012,12 @@ def collate(
     segments = np.full((lines, width), many + 1)
     picked, targets, slots = [], [], []
     lengths = np.zeros((len(rows), many), np.int64)
+    scores = np.full((len(rows), many), np.nan)
     filled = 0
     for b, row in enumerate(rows):
         start = len(row.prompt)
+        if row.scores is not None:
+            scores[b, : len(row.scores)] = row.scores
         for k, response in enumerate(row.responses):
             line = b if share_prompt else b * many + k
             if k == 0 or not share_prompt:
@@ -1954,6 +2045,7 @@ def collate(
         None if data.ref_logps is None else data.ref_logps[indexes, :many].to(device),
         sum(row.tokens() for row in rows),
         filled,
+        torch.from_numpy(scores).to(device),
     )
 
 
@@ -2136,7 +2228,9 @@ def add_reference_logps(
         many = rows.ref_logps.shape[1]
         mine = torch.zeros(len(rows), many, dtype=torch.float64)
         for indexes, counts in run.share(micros, f"reference ({name})"):
-            logps, _ = response_logps(reference, collate_for(reference, rows, indexes))
+            micro = collate_for(reference, rows, indexes)
+            passes = [micro.column(k) for k in range(many)] if rows.apart else [micro]
+            logps = torch.cat([response_logps(reference, part)[0] for part in passes], 1)
             if counts:
                 mine[indexes, : logps.shape[1]] = logps.double().cpu()
         if run.world > 1:
@@ -2209,6 +2303,7 @@ def schedule_factor(schedule: str, warmup_ratio: float, step: int, total: int) -
         "constant": 1.0,
         "linear": 1.0 - progress,
         "cosine": 0.5 + 0.5 * float(np.cos(np.pi * progress)),
+        "inverse-sqrt": float(np.sqrt(max(1, warmup) / (step + 1))),
     }[schedule]
 
 

@@ -21,9 +21,9 @@ Options and departures
    the run will use: the same numbers, one forward pass in the loop instead of two, and no second model.
 4. The paper's optimizer is RMSprop (--optimizer rmsprop); `tiny` uses AdamW.
 
-Healthy: the loss starts at ln 2 = 0.6931 (at gamma 0) and ends between 0.3 and 0.65; rewards/accuracies rise to
-0.6-0.8; rewards/margins rise. logps/chosen usually falls too, less than logps/rejected: that is normal. Falling greedy
-quality or growing length with a loss near 0 is over-optimisation: raise beta, lower --lr.
+Healthy: the loss starts at ln 2 = 0.6931 (at gamma 0) and ends between 0.3 and 0.65; rewards/accuracies rise from 0 (no
+margin yet) to 0.6-0.8; rewards/margins rise. logps/chosen usually falls too, less than logps/rejected: that is normal.
+Falling greedy quality or growing length with a loss near 0 is over-optimisation: raise beta, lower --lr.
 
     python dpo.py                                                       # the embedded task, on a laptop
     torchrun --nproc_per_node=4 dpo.py --model gemma-2-2b               # after sft.py: --model runs/sft-...
@@ -87,7 +87,7 @@ class Args:
     epochs: float | None = None  # passes over the rows; default: SETTINGS
     max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
     lr: float | None = None  # peak learning rate; default: SETTINGS
-    schedule: Literal["constant", "linear", "cosine"] | None = None  # after the warm-up; default: SETTINGS
+    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] | None = None  # after the warm-up; default: SETTINGS
     warmup_ratio: float | None = None  # share of the steps in which the learning rate rises from 0; default: SETTINGS
     optimizer: Literal["adamw", "rmsprop"] | None = None  # default: SETTINGS
     weight_decay: float = 0.0  # on matrices only
@@ -99,7 +99,7 @@ class Args:
     fsdp: bool = False  # weights, gradients and optimizer state are spread over the processes
     gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, one more forward pass
     compile: bool = False  # torch.compile of the layers: the first steps take long, what the others gain is not measured yet
-    lora_rank: int = 0  # train adapters of this rank beside the frozen linear layers (LoRA, alpha twice the rank); 0: train all weights
+    lora_rank: int | None = None  # train adapters of this rank beside the frozen linear layers (LoRA, alpha twice the rank); 0: train all weights; default: SETTINGS, else 0
     # The run
     output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults
     resume: Literal["auto", "never"] = "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
@@ -136,7 +136,7 @@ def dpo_loss(
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float(),  # at the start, all margins are 0: so is this
+        "rewards/accuracies": (margins > 0).float(),
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
     }

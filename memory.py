@@ -446,7 +446,10 @@ def largest_micro(run: common.Run, train: common.Rows, most: int = 20_000_000) -
     longest = int(np.argmax(run.lengths))
     widest = sorted(widest, key=lambda i: -run.lengths[i])
     widest = widest if longest in widest else [longest, *widest[: len(widest) - 1]]
-    return [train.rows[i] for i in widest]
+    rows = [train.rows[i] for i in widest]
+    if train.apart:  # one response at a time
+        rows = [common.Row(row.prompt, [max(row.responses, key=len)], row.ask) for row in rows]
+    return rows
 
 
 def advice(

@@ -72,7 +72,7 @@ class Args:
     epochs: float | None = None  # passes over the rows; default: SETTINGS
     max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
     lr: float | None = None  # peak learning rate; default: SETTINGS
-    schedule: Literal["constant", "linear", "cosine"] | None = None  # after the warm-up; default: SETTINGS
+    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] | None = None  # after the warm-up; default: SETTINGS
     warmup_ratio: float | None = None  # share of the steps in which the learning rate rises from 0; default: SETTINGS
     optimizer: Literal["adamw", "rmsprop"] | None = None  # default: SETTINGS
     weight_decay: float = 0.0  # on matrices only
@@ -83,7 +83,7 @@ class Args:
     fsdp: bool = False  # weights, gradients and optimizer state are spread over the processes
     gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, one more forward pass
     compile: bool = False  # torch.compile of the layers: the first steps take long, what the others gain is not measured yet
-    lora_rank: int = 0  # train adapters of this rank beside the frozen linear layers (LoRA, alpha twice the rank); 0: train all weights
+    lora_rank: int | None = None  # train adapters of this rank beside the frozen linear layers (LoRA, alpha twice the rank); 0: train all weights; default: SETTINGS, else 0
     # The run
     output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults
     resume: Literal["auto", "never"] = "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder

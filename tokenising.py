@@ -27,6 +27,7 @@ import common
 from bytelevel import encoder
 from common import Found, Row, UserError
 
+TENSORS = ("ids", "lengths", "rows", "scores")  # of a file
 PROVEN_ON = 1_000  # rows of the set, on which tiktoken has to give the tokenizer's ids
 
 
@@ -111,17 +112,19 @@ def key_of(raws: Iterable[tuple[str, Any]], tokenizer, what: list) -> str:
 
 def save(file: Path, found: Found) -> bool:
     """All ids in one long tensor; false where the disk takes nothing."""
-    parts, lengths, rows = [], [], []
+    parts, lengths, rows, scores = [], [], [], []
     for row in found.rows:
         own = [] if row.ask is row.prompt else [row.ask]
         mine = [row.prompt, *row.responses, *own]
         parts += mine
         lengths += map(len, mine)
-        rows += [len(row.responses), len(own)]
+        rows += [len(row.responses), len(own), int(row.scores is not None)]
+        scores += [] if row.scores is None else [row.scores]
     tensors = {
         "ids": torch.from_numpy(np.concatenate(parts or [np.zeros(0, np.int32)])),
         "lengths": torch.tensor(lengths, dtype=torch.int32),
         "rows": torch.tensor(rows, dtype=torch.int32),
+        "scores": torch.from_numpy(np.concatenate(scores or [np.zeros(0)])),
     }
     facts = json.dumps({"counts": found.counts, "bad": found.bad, "kind": found.kind})
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
@@ -145,7 +148,7 @@ def load(file: Path) -> Found | None:
         return None
     try:
         with safe_open(file, "pt") as saved:
-            tensors = {name: saved.get_tensor(name) for name in ("ids", "lengths", "rows")}
+            tensors = {name: saved.get_tensor(name) for name in TENSORS}
             facts, written = saved.metadata()["facts"], saved.metadata()["sha256"]
         if digest(tensors, facts) != written:
             raise ValueError("it holds something else than was written")
@@ -157,9 +160,13 @@ def load(file: Path) -> Found | None:
     found.counts = Counter(found.counts)
     ids, ends = tensors["ids"].numpy(), np.cumsum(tensors["lengths"].numpy()).tolist()
     parts = (ids[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))  # views, in their order
-    for many, own in tensors["rows"].view(-1, 2).tolist():
+    scores, at = tensors["scores"].numpy(), 0
+    for many, own, scored in tensors["rows"].view(-1, 3).tolist():
         prompt, responses = next(parts), [next(parts) for _ in range(many)]
-        found.rows.append(Row(prompt, responses, next(parts) if own else prompt))
+        row = Row(prompt, responses, next(parts) if own else prompt)
+        if scored:
+            row.scores, at = scores[at : at + many], at + many
+        found.rows.append(row)
     return found
 
 
