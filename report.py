@@ -52,6 +52,8 @@ def read_metrics(run: "common.Run") -> tuple[list[dict], list[dict]]:
 
 PANELS = (
     ("loss", ("loss",)),
+    ("a term of the loss", ("nll_loss", "hinge_loss", "chain_loss")),
+    ("estimate of the KL", ("kl",)),
     ("implicit rewards", ("rewards/chosen", "rewards/rejected")),
     ("reward margin", ("rewards/margins",)),
     ("pairs told apart", ("rewards/accuracies",)),
@@ -134,14 +136,12 @@ def closing(run: "common.Run", policy: Any, tokenizer: Any) -> str:
         text.append(f"  {name:<42}{shown[0]:>9}{shown[1]:>9}{change:>9}".rstrip())
 
     if len(evaluations) > 1:
-        for name in (
-            "loss",
-            "rewards/accuracies",
-            "rewards/margins",
-            "logps/chosen",
-            "logps/rejected",
-        ):
-            if f"eval/{name}" in evaluations[0]:
+        names = "loss kl rewards/accuracies rewards/margins rewards/chosen rewards/rejected"
+        names = [*names.split(), "logps/chosen", "logps/rejected"]
+        if "eval/rewards/margins" in evaluations[0]:  # which says it of both
+            names = [name for name in names if name not in ("rewards/chosen", "rewards/rejected")]
+        for name in names:
+            if all(f"eval/{name}" in evaluations[i] for i in (0, -1)):
                 line(f"{name}, held-out rows", *(evaluations[i][f"eval/{name}"] for i in (0, -1)))
     if measured:
         text.append(f"on {measured['prompts']:,} unseen test questions")

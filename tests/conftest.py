@@ -148,6 +148,29 @@ def pair_rows(n: int, seed: int = 0) -> list[dict]:
     ]
 
 
+def ranked_rows(n: int, seed: int = 0) -> list[dict]:
+    """Lists of 2 to 5 answers, in no order, with ties among the scores 0, 1 and 2."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        scores = [0, 2, *rng.choices([0, 1, 2], k=rng.randint(0, 3))]
+        rng.shuffle(scores)
+        answers = [f" {WORDS[k]} " + text(rng, 1, 6) for k in range(len(scores))]
+        rows.append({"prompt": text(rng, 3, 9) + "?", "responses": answers, "scores": scores})
+    return rows
+
+
+def labelled_rows(n: int, seed: int = 0, good: float = 0.5) -> list[dict]:
+    """One answer a prompt; `good`: the share of desirable ones."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        label = rng.random() < good
+        answer = (" yes " if label else " no ") + text(rng, 1, 6)
+        rows.append({"prompt": text(rng, 3, 9) + "?", "completion": answer, "label": label})
+    return rows
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -1,13 +1,15 @@
 """--lora-rank: only adapters are trained, and what is saved is what was trained."""
 
 import json
+import math
+import random
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import pair_rows, run_script, write_jsonl
 from safetensors.torch import load_file, save_file
 from test_train import (
     HOT,
@@ -28,6 +30,7 @@ from test_train import (
 import adapters
 import common
 import dpo
+import listwise_dpo
 import sft
 
 ARCHITECTURES = ("llama", "gemma2", "gpt2", "qwen2")  # gpt2: Conv1D, whose weight is transposed
@@ -92,6 +95,32 @@ def test_what_is_saved_is_what_was_trained(checkpoints, pairs, plain, kept, arch
     config = json.loads(Path("out/adapter/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)
     assert config["base_model_name_or_path"] == str(start)
+
+
+def test_ranked_lists(checkpoints, plain, kept, tmp_path):  # noqa: F811
+    """Four answers with the scores 2, 1, 1 and 0, in any order: at the start all are as likely, and
+    the first has three below it, the two in the middle have one each: ln 4 + 2 ln 2.
+    """
+    import transformers as hf
+
+    rng = random.Random(0)
+    lists = []
+    for row in pair_rows(60):
+        answers = [(2, row["chosen"]), (1, row["rejected"]), (1, " so"), (0, " or not")]
+        rng.shuffle(answers)
+        scores, responses = zip(*answers, strict=True)
+        lists.append({"prompt": row["prompt"], "responses": responses, "scores": scores})
+    rows = write_jsonl(tmp_path / "ranked.jsonl", lists)
+    start = checkpoints("gemma2")
+    assert train(listwise_dpo, start, rows, "out", **LORA) == 0
+    losses = [step["loss"] for step in steps_of("out")]
+    assert losses[0] == pytest.approx(4 * math.log(2), abs=1e-6) and losses[-1] < losses[0] - 0.5
+    changed = {
+        name for name, p in kept["policy"].named_parameters() if (p != kept["base"][name]).any()
+    }
+    assert changed == {name for name in kept["base"] if ".lora_" in name}
+    merged = hf.AutoModelForCausalLM.from_pretrained("out", dtype=torch.float32)
+    torch.testing.assert_close(logits_of(merged), logits_of(kept["policy"]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer, copies", [("adamw", 2), ("rmsprop", 1)])

@@ -4,13 +4,24 @@ import inspect
 import json
 import math
 import shutil
+import sys
 import time
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, pair_rows, run_script, start_script, write_jsonl
+from conftest import (
+    ROOT,
+    labelled_rows,
+    pair_rows,
+    ranked_rows,
+    run_script,
+    start_script,
+    write_jsonl,
+)
 from torch import Tensor
 
 import dpo
@@ -67,6 +78,56 @@ def test_two_files_train_resume_and_export(kit):
     # Nothing outside of the folder was needed, and nothing else was written into it.
     made, given = {"whole", "killed", "runs"}, {"dpo.py", "common.py", "model", "pairs.jsonl"}
     assert {p.name for p in kit.iterdir()} - {"__pycache__"} == made | given
+
+
+PAIRS = {"cpo": pair_rows, "simpo": pair_rows, "slic": pair_rows}
+ROWS = PAIRS | {"kto": labelled_rows, "pro": ranked_rows, "listwise_dpo": ranked_rows}
+
+
+def load_copy(file: Path, monkeypatch) -> ModuleType:
+    """What `import` finds in a process that was started there, until the test ends."""
+    spec = spec_from_file_location(file.stem, file)
+    module = module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, file.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("script", ROWS)
+def test_two_files_of_each_method_train(checkpoints, tmp_path, monkeypatch, script):
+    """Nothing else can be imported: neither the path nor what is loaded holds another of ours."""
+    for name in (f"{script}.py", "common.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl", ROWS[script](60))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p or ".").resolve() != ROOT])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for name, module in list(sys.modules.items()):
+        if ROOT in Path(getattr(module, "__file__", None) or "/").parents:
+            if not name.startswith(("test_", "conftest")):
+                monkeypatch.delitem(sys.modules, name)
+    copied = load_copy(tmp_path / "common.py", monkeypatch)
+    method = load_copy(tmp_path / f"{script}.py", monkeypatch)
+    assert method.common is copied and copied.HERE == tmp_path
+    method.main(
+        method.Args(
+            model=str(checkpoints("llama")), dataset="rows.jsonl", output_dir="out", lr=1e-3,
+            max_length=64, max_prompt_length=40, batch_size=8, micro_batch_size=4, max_steps=4,
+            schedule="constant", warmup_ratio=0.0, optimizer="adamw", save_every=3,
+        )
+    )  # fmt: skip
+
+    lines = [json.loads(line) for line in Path("out/metrics.jsonl").open()]
+    steps = [line for line in lines if "lr" in line]
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert lines[-1]["eval/loss"] < lines[0]["eval/loss"]
+    assert {p.name for p in Path("out").glob("checkpoint-*")} == {"checkpoint-4"}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained("out")("the cat sat?", return_tensors="pt").input_ids
+    assert AutoModelForCausalLM.from_pretrained("out")(ids).logits.isfinite().all()
+    given = {f"{script}.py", "common.py", "rows.jsonl"}
+    assert {p.name for p in Path().iterdir()} - {"__pycache__", "runs"} == given | {"out"}
 
 
 def test_what_was_not_copied_is_said_to_be_missing(kit):

@@ -91,6 +91,15 @@ def decoded(rows: common.Rows, tokenizer) -> list[tuple[str, list[str]]]:
     return [(decode(row.prompt), [decode(r) for r in row.responses]) for row in rows.rows]
 
 
+def scored(rows: common.Rows, tokenizer) -> list[tuple[str, list[str], list[float]]]:
+    pairs = zip(decoded(rows, tokenizer), scores_of(rows), strict=True)
+    return [(*texts, scores) for texts, scores in pairs]
+
+
+def scores_of(rows: common.Rows) -> list[list[float] | None]:
+    return [None if row.scores is None else row.scores.tolist() for row in rows.rows]
+
+
 def ids_of(rows: common.Rows) -> list[tuple[list[int], ...]]:
     return [tuple(part.tolist() for part in (r.prompt, *r.responses, r.ask)) for r in rows.rows]
 
@@ -268,6 +277,308 @@ def test_the_report_says_what_was_read_and_what_became_of_it(tokenizers, capsys)
     )
 
 
+# -- every kind of row, for a method that takes labels, and for one that takes lists
+
+
+DIALOGUE_PAIR = {
+    "chosen": [*ASKED, assistant("So.")],
+    "rejected": [*ASKED, assistant("No.")],
+}
+RANKED_DIALOGUES = {
+    "prompt": [user("Why?")],
+    "responses": [[assistant(letter)] for letter in "bda"],
+    "scores": [3, 1.5, 4],
+}
+LABELLED = {
+    "desirable": (
+        {"prompt": "Why?", "completion": " So.", "label": True},
+        [("<s>Why?", [" So.</s>"], [1.0])],
+    ),
+    "undesirable": (
+        {"prompt": "Why?", "completion": " No.", "label": False},
+        [("<s>Why?", [" No.</s>"], [0.0])],
+    ),
+    "messages": (
+        {"prompt": ASKED, "completion": [assistant("No.")], "label": False},
+        [(ASKED_TEXT, ["No.</s>"], [0.0])],
+    ),
+    "a pair, taken apart": (
+        TEXT_PAIR,
+        [("<s>Why?", [" So.</s>"], [1.0]), ("<s>Why?", [" No.</s>"], [0.0])],
+    ),
+    "a pair of whole dialogues": (
+        DIALOGUE_PAIR,
+        [(ASKED_TEXT, ["So.</s>"], [1.0]), (ASKED_TEXT, ["No.</s>"], [0.0])],
+    ),
+    "a ranked list: its best and its worst": (
+        RANKED,
+        [("<s>Why?", [" a</s>"], [1.0]), ("<s>Why?", [" d</s>"], [0.0])],
+    ),
+    "the first of the best, the last of the worst": (
+        RANKED | {"scores": [-4, -9, -4, -9]},
+        [("<s>Why?", [" b</s>"], [1.0]), ("<s>Why?", [" c</s>"], [0.0])],
+    ),
+    "a ranked list of messages": (
+        RANKED_DIALOGUES,
+        [(WHY, ["a</s>"], [1.0]), (WHY, ["d</s>"], [0.0])],
+    ),
+}
+LISTS = {
+    "the best first": (RANKED, [("<s>Why?", [" a", " b", " c", " d"], [4.0, 3.0, 2.0, 1.5])]),
+    "ties in the order of the file": (
+        RANKED | {"scores": [2, -1, 2, 2]},
+        [("<s>Why?", [" b", " a", " c", " d"], [2.0, 2.0, 2.0, -1.0])],
+    ),
+    "a text that was given twice counts once, with its best score": (
+        RANKED | {"responses": [" b", " a", " c", " b"], "scores": [1, 3, 2, 4]},
+        [("<s>Why?", [" b", " a", " c"], [4.0, 3.0, 2.0])],
+    ),
+    "one that is left alone with its equals goes, others stay": (
+        RANKED | {"responses": [" a", " b"], "scores": [0, 0.25]},
+        [("<s>Why?", [" b", " a"], [0.25, 0.0])],
+    ),
+    "messages": (RANKED_DIALOGUES, [(WHY, ["a", "b", "d"], [4.0, 3.0, 1.5])]),
+    "a pair": (TEXT_PAIR, [("<s>Why?", [" So.", " No."], [1.0, 0.0])]),
+    "a pair of whole dialogues": (
+        DIALOGUE_PAIR,
+        [(ASKED_TEXT, ["So.", "No."], [1.0, 0.0])],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_row_for_a_method_of_labels(name, tokenizers):
+    raw, expected = LABELLED[name]
+    tokenizer = tokenizers("bare-template")
+    rows = load([raw], tokenizer, "labelled")
+    assert scored(rows, tokenizer) == expected
+    assert all(row.scores.dtype == np.float64 for row in rows.rows)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_row_for_a_method_of_lists(name, tokenizers):
+    raw, expected = LISTS[name]
+    tokenizer = tokenizers("bare-template")
+    rows = load([raw], tokenizer, "ranked")
+    ended = [(prompt, [f"{r}</s>" for r in said], scores) for prompt, said, scores in expected]
+    assert scored(rows, tokenizer) == ended
+    assert all(row.scores.dtype == np.float64 for row in rows.rows)
+
+
+@pytest.mark.parametrize(
+    "kind, raw, expected",
+    [
+        (
+            "labelled",
+            {"prompt": [user("Why?")], "completion": [assistant("at")], "label": True},
+            [(["at<|im_end|>"], [1.0])],
+        ),
+        ("labelled", RANKED_DIALOGUES, [(["a<|im_end|>"], [1.0]), (["d<|im_end|>"], [0.0])]),
+        (
+            "ranked",
+            RANKED_DIALOGUES,
+            [(["a<|im_end|>", "b<|im_end|>", "d<|im_end|>"], [4.0, 3.0, 1.5])],
+        ),
+    ],
+)
+def test_a_template_ends_every_answer_once(kind, raw, expected, tokenizers):
+    tokenizer = tokenizers("chat")
+    prompt = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert scored(load([raw], tokenizer, kind), tokenizer) == [(prompt, *x) for x in expected]
+
+
+def test_methods_of_pairs_and_demonstrations_get_no_scores(tokenizers):
+    for kind in ("pair", "demonstration"):
+        assert scores_of(load([RANKED, RANKED], tokenizers("bos"), kind)) == [None, None]
+
+
+DEMONSTRATION = {"prompt": "Why?", "completion": " So."}
+LABEL_COLUMNS = "needed are labelled rows (prompt, completion, label), pairs or ranked ones"
+LIST_COLUMNS = "needed are ranked rows (prompt, responses, scores) or pairs"
+REFUSED = {
+    "demonstrations have no label": (
+        "labelled", DEMONSTRATION, f"holds demonstration rows; {LABEL_COLUMNS}"
+    ),
+    "nor have messages": (
+        "labelled", {"messages": [*ASKED, assistant("So.")]}, f"holds messages rows; {LABEL_COLUMNS}"
+    ),
+    "nor has a text": ("labelled", {"text": "So."}, f"holds text rows; {LABEL_COLUMNS}"),
+    "labels are no list": (
+        "ranked", DEMONSTRATION | {"label": True}, f"holds labelled rows; {LIST_COLUMNS}"
+    ),
+    "nor are demonstrations": (
+        "ranked", DEMONSTRATION, f"holds demonstration rows; {LIST_COLUMNS}"
+    ),
+    "nor a pair": (
+        "pair",
+        DEMONSTRATION | {"label": True},
+        "holds labelled rows; needed are pair rows (chosen, rejected) or ranked ones",
+    ),
+    "a label in numbers": (
+        "labelled", DEMONSTRATION | {"label": 1}, "'label' must be true or false, this is 1"
+    ),
+    "a label in words": (
+        "labelled",
+        DEMONSTRATION | {"label": "false"},
+        "'label' must be true or false, this is 'false'",
+    ),
+    "no label": ("labelled", DEMONSTRATION | {"label": None}, "no 'label'"),
+    "an empty completion": (
+        "labelled", {"prompt": "Why?", "completion": " ", "label": True}, "'completion' is empty"
+    ),
+    "a pair of equals, as labels": (
+        "labelled", TEXT_PAIR | {"rejected": " So."}, "'chosen' and 'rejected' are the same"
+    ),
+    "a pair of equals, as a list": (
+        "ranked", TEXT_PAIR | {"rejected": " So."}, "'chosen' and 'rejected' are the same"
+    ),
+    "a score too few": ("ranked", RANKED | {"scores": [1, 2]}, "4 responses but 2 scores"),
+    "a score of true": (
+        "labelled",
+        RANKED | {"scores": [1, 2, 3, True]},
+        "a score must be a finite number, this is True",
+    ),
+    "a score without end": (
+        "ranked",
+        RANKED | {"scores": [1, 2, 3, float("inf")]},
+        "a score must be a finite number, this is inf",
+    ),
+    "an empty answer in a list": (
+        "ranked", RANKED | {"responses": [" a", " ", " b", " c"]}, "'responses' is empty"
+    ),
+    "texts and messages in a list": (
+        "ranked",
+        RANKED | {"responses": [" a", [assistant("b")], " c", " d"]},
+        "prompt and responses must all be texts or all be lists of messages",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_labels_and_lists_cannot_be_made_of(name, tokenizers):
+    kind, raw, reason = REFUSED[name]
+    with pytest.raises(common.UserError) as error:
+        load([raw], tokenizers("bos"), kind)
+    assert str(error.value).endswith(f"\n  rows.jsonl:1: {reason}")
+
+
+def test_a_score_beyond_64_bits_is_a_number_or_a_bad_row(tokenizers):
+    """JSON has integers of any length; none of them may end in a traceback."""
+    raw = RANKED | {"scores": [10**25, 1, 2, 3]}
+    try:
+        rows = load([raw], tokenizers("bos"), "ranked")
+    except common.UserError as error:
+        assert "a score must be a finite number" in str(error)
+    else:
+        assert scores_of(rows) == [[1e25, 3.0, 2.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    "kind, read", [("labelled", "-> 2 labelled responses (best and worst), 1 of them desirable"),
+                   ("ranked", ", of 4 responses")],
+)  # fmt: skip
+def test_lists_in_which_all_are_equal_are_left_out_and_counted(kind, read, tokenizers, capsys):
+    same_text = RANKED | {"responses": [" a"] * 4}
+    same_score = RANKED | {"scores": [2, 2, 2, 2]}
+    single = RANKED | {"responses": [" a"], "scores": [1]}
+    rows = load([same_text, same_score, single, RANKED], tokenizers("bos"), kind)
+    assert len(rows) == {"labelled": 2, "ranked": 1}[kind]
+    told = capsys.readouterr().out.splitlines()[0]
+    assert read in told and told.startswith("train      rows.jsonl: 4 ranked rows")
+    assert told.endswith("; left out: 3 all responses equal")
+
+
+@pytest.mark.parametrize(
+    "kind, raws, told",
+    [
+        ("labelled", ["yes", "no", "no"], "3 labelled rows, 1 of them desirable"),
+        ("labelled", [TEXT_PAIR] * 3, "3 pair rows -> 6 labelled responses, 3 of them desirable"),
+        (
+            "labelled",
+            [RANKED] * 3,
+            "3 ranked rows -> 6 labelled responses (best and worst), 3 of them desirable",
+        ),
+        ("ranked", [TEXT_PAIR] * 3, "3 pair rows -> 3 ranked lists, of 2 responses"),
+        ("ranked", [RANKED], "1 ranked rows, of 4 responses"),
+        ("ranked", [2, 4, 3], "3 ranked rows, of 2 to 4 responses"),
+        ("ranked", [4, 3, 4], "3 ranked rows, of 3 to 4 responses"),
+    ],
+)
+def test_the_report_says_how_many_are_desirable_or_how_long_the_lists_are(
+    kind, raws, told, tokenizers, capsys
+):
+    made = []
+    for raw in raws:
+        if isinstance(raw, str):
+            raw = DEMONSTRATION | {"label": raw == "yes"}
+        if isinstance(raw, int):
+            raw = RANKED | {"responses": RANKED["responses"][:raw], "scores": [9, 8, 7, 6][:raw]}
+        made.append(raw)
+    load(made, tokenizers("bos"), kind)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"train      rows.jsonl: {told}; left out: none"
+
+
+# -- a third response: what slic.py is regularised with
+
+
+@pytest.mark.parametrize(
+    "pairs, expected", [("best-worst", ["ad"]), ("adjacent", ["ab", "bc", "cd"]),
+                        ("all", ["ab", "ac", "ad", "bc", "bd", "cd"])],
+)  # fmt: skip
+def test_every_pair_of_a_list_has_the_target(pairs, expected, tokenizers):
+    tokenizer = tokenizers("bos")
+    rows = load([RANKED | {"target": " b"}], tokenizer, pairs=pairs, targets=True)
+    assert decoded(rows, tokenizer) == [
+        ("<s>Why?", [f" {better}</s>", f" {worse}</s>", " b</s>"]) for better, worse in expected
+    ]
+
+
+def test_a_target_stands_behind_the_pair(tokenizers):
+    tokenizer = tokenizers("bare-template")
+    texts = TEXT_PAIR | {"target": " Yes."}
+    assert decoded(load([texts], tokenizer, targets=True), tokenizer) == [
+        ("<s>Why?", [" So.</s>", " No.</s>", " Yes.</s>"])
+    ]
+    assert decoded(load([texts], tokenizer), tokenizer) == [("<s>Why?", [" So.</s>", " No.</s>"])]
+    own = TEXT_PAIR | {"target": " So."}  # the chosen answer may be the target
+    assert len(load([own], tokenizer, targets=True).rows[0].responses) == 3
+    answer = DIALOGUE_PAIR | {"target": [assistant("Yes.")]}
+    expected = [(ASKED_TEXT, ["So.</s>", "No.</s>", "Yes.</s>"])]
+    assert decoded(load([answer], tokenizer, targets=True), tokenizer) == expected
+
+
+def test_a_target_may_be_a_whole_dialogue_as_the_pair_is(tokenizers):
+    """Written behind the prompt once more, it would move the end of the prompt for all three."""
+    tokenizer = tokenizers("bare-template")
+    raw = DIALOGUE_PAIR | {"target": [*ASKED, assistant("Yes.")]}
+    expected = [(ASKED_TEXT, ["So.</s>", "No.</s>", "Yes.</s>"])]
+    assert decoded(load([raw], tokenizer, targets=True), tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    "raw, reason",
+    [
+        (TEXT_PAIR, "no 'target'"),
+        (TEXT_PAIR | {"target": None}, "no 'target'"),
+        (RANKED, "no 'target'"),
+        (TEXT_PAIR | {"target": " "}, "'target' is empty"),
+        (TEXT_PAIR | {"target": 3}, "'target' must be a text or a list of messages with 'role' and"),
+        (TEXT_PAIR | {"target": [user("Why?")]}, "'target' must end with an assistant message"),
+        (TEXT_PAIR | {"target": [assistant("Yes.")]}, "prompt and responses must all be texts or"),
+    ],
+)
+def test_a_target_that_is_not_there_or_not_of_a_kind(raw, reason, tokenizers):
+    good = TEXT_PAIR | {"target": " Yes."} if "chosen" in raw else RANKED | {"target": " Yes."}
+    with pytest.raises(common.UserError) as error:
+        load([good, raw], tokenizers("bare-template"), targets=True)
+    told = str(error.value).splitlines()
+    assert told[0].startswith("1 of 2 rows of rows.jsonl cannot be used")
+    assert told[1].startswith(f"  rows.jsonl:2: {reason}")
+    rows = load([good, raw], tokenizers("bare-template"), targets=True, skip_bad_rows=True)
+    assert len(rows) == 1
+
+
 # -- every kind of file
 
 
@@ -305,6 +616,16 @@ FILE_ROWS = {
         ],
         "demonstration",
     ),
+    "labels": (
+        [
+            {"prompt": "Why?", "completion": " So.", "label": True},
+            {"prompt": "Why?", "completion": " No.", "label": False},
+        ],
+        "labelled",
+    ),
+    "lists": ([RANKED, RANKED | {"scores": [1, 2, 0.125, -3]}], "ranked"),
+    "lists as labels": ([RANKED, RANKED | {"prompt": "And?"}], "labelled"),
+    "pairs as lists": (pair_rows(3), "ranked"),
     "messages": ([{"messages": [*ASKED, assistant("So.")]}] * 2, "demonstration"),
     "dialogue pairs": (
         [{"chosen": [*ASKED, assistant("So.")], "rejected": [*ASKED, assistant("No.")]}],
@@ -330,6 +651,27 @@ def test_each_kind_of_file_gives_the_same_rows(suffix, name, tokenizers):
     assert len(expected)
     found = load(write(raw, Path(f"other{suffix}")), tokenizer, kind)
     assert ids_of(found) == ids_of(expected)
+    assert scores_of(found) == scores_of(expected)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet", ".csv"])
+def test_targets_of_each_kind_of_file(suffix, tokenizers):
+    tokenizer = tokenizers("bos")
+    file = write([TEXT_PAIR | {"target": " Yes."}] * 2, Path(f"rows{suffix}"))
+    expected = ("<s>Why?", [" So.</s>", " No.</s>", " Yes.</s>"])
+    assert decoded(load(file, tokenizer, targets=True), tokenizer) == [expected] * 2
+    without = write([TEXT_PAIR | {"target": ""}], Path(f"without{suffix}"))
+    with pytest.raises(common.UserError, match="'target' is empty"):
+        load(without, tokenizer, targets=True)
+
+
+@pytest.mark.parametrize("cell, label", [("TRUE", 1.0), ("1", 1.0), ("False", 0.0), ("0", 0.0)])
+def test_labels_of_a_csv(cell, label, tokenizers):
+    Path("rows.csv").write_text(f"prompt,completion,label\nWhy?, So.,{cell}\n")
+    assert scores_of(load(Path("rows.csv"), tokenizers("bos"), "labelled")) == [[label]]
+    Path("rows.csv").write_text("prompt,completion,label\nWhy?, So.,good\n")
+    with pytest.raises(common.UserError, match="rows.csv:2: no 'label'"):
+        load(Path("rows.csv"), tokenizers("bos"), "labelled")
 
 
 def test_a_folder_is_read_file_by_file_in_the_order_of_their_names(tokenizers):
@@ -561,6 +903,64 @@ def test_responses_that_cutting_makes_equal_are_left_out_and_counted(tokenizers,
     assert "3 pair rows; left out: 2 equal after cutting" in capsys.readouterr().out
 
 
+Z, X = "zyxw" * 9 + "z", "zyxw" * 9 + "x"  # behind <s>zyxw, 15 of 20 tokens stay of them: the same
+
+
+@pytest.mark.parametrize(
+    "responses, scores, kept, lost",
+    [
+        ([Z, X, "ab"], [3, 2, 1], [("Z", 3.0), ("ab", 1.0)], "1 responses equal after cutting"),
+        ([X, "ab", Z], [1, 2, 3], [("Z", 3.0), ("ab", 2.0)], "1 responses equal after cutting"),
+        ([Z, X, "ab"], [2, 1, 3], [("ab", 3.0), ("Z", 2.0)], "1 responses equal after cutting"),
+        (["ab", "de", Z], [2, 2, 3], [("Z", 3.0), ("ab", 2.0), ("de", 2.0)], "none"),
+        # What is left cannot be told apart: the better of the two that became one is no better.
+        ([Z, X, "ab"], [2, 1, 2], [], "1 equal after cutting"),
+        ([Z, X], [2, 1], [], "1 equal after cutting"),
+    ],
+)
+def test_of_answers_that_cutting_makes_equal_the_best_stays(
+    responses, scores, kept, lost, tokenizers, capsys
+):
+    tokenizer = tokenizers("bos")
+    raw = {"prompt": "zyxw", "responses": responses, "scores": scores}
+    other = {"prompt": "b", "responses": ["d", "e"], "scores": [1, 0]}  # a row that stays
+    rows = load([raw, other], tokenizer, "ranked", max_length=20, max_prompt_length=12)
+    *first, last = scored(rows, tokenizer)
+    assert last == ("<s>b", ["d</s>", "e</s>"], [1.0, 0.0])
+    cut = {"Z": "zyxw" * 3 + "zyx", "ab": "ab</s>", "de": "de</s>"}
+    expected = ("<s>zyxw", [cut[name] for name, _ in kept], [score for _, score in kept])
+    assert first == ([expected] if kept else [])
+    left_out = capsys.readouterr().out.splitlines()[0].split("left out: ")[1]
+    assert left_out == lost or (not kept and left_out.endswith(lost))
+
+
+def test_an_answer_that_cutting_made_another_is_not_desirable_and_undesirable(tokenizers, capsys):
+    """A pair that --max-length makes equal says nothing, whatever method it is taken apart for."""
+    tokenizer = tokenizers("bos")
+    pair = {"prompt": "zyxw", "chosen": Z, "rejected": X}
+    rows = load([pair, TEXT_PAIR], tokenizer, "labelled", max_length=20, max_prompt_length=12)
+    assert scored(rows, tokenizer) == [
+        ("<s>Why?", [" So.</s>"], [1.0]),
+        ("<s>Why?", [" No.</s>"], [0.0]),
+    ]
+    assert "left out: 1 equal after cutting" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["pair", "ranked"])
+def test_a_question_taken_apart_stays_one_question_when_an_answer_is_too_long(form, tokenizers):
+    """Only the longer of the two has to be cut. With two prompts the answers could be on both sides
+    of the hold-out, and one be taken for an answer to another prompt.
+    """
+    tokenizer = tokenizers("bos")
+    texts = {"prompt": "zyxw" * 3, "chosen": "ab", "rejected": "zyxw" * 5}
+    if form == "ranked":
+        texts |= {"responses": [texts["rejected"], texts["chosen"]], "scores": [1, 2]}
+    rows = load([texts], tokenizer, "labelled", max_length=20, max_prompt_length=12)
+    prompts = [row.prompt.tolist() for row in rows.rows]
+    assert len(prompts) == 2 and prompts[0] == prompts[1]
+    assert all(row.length() <= 20 for row in rows.rows)
+
+
 # -- sft.py --train-on-prompt
 
 
@@ -643,6 +1043,33 @@ def test_demonstrations_are_held_out_by_their_question_too(prompt_too, tokenizer
     assert 0 < len(held_out) <= 10
     assert not asked[0].keys() & asked[1].keys()
     assert set(asked[1].values()) == {2}
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["whole", "cut"])
+@pytest.mark.parametrize("form", ["pair", "ranked", "labelled"])
+def test_both_halves_of_a_pair_are_on_one_side(form, long, tokenizers):
+    """Taken apart, or given apart: also where one answer is so long that its prompt is cut."""
+    tokenizer = tokenizers("bos")
+    raws = []
+    for i in range(100):
+        prompt, better, worse = f"{i} " + "zyxw" * 8, " ab", " de" * 12 * long + " xy"
+        if form == "pair":
+            raws.append({"prompt": prompt, "chosen": better, "rejected": worse})
+        elif form == "ranked":
+            raws.append({"prompt": prompt, "responses": [worse, better], "scores": [1, 2]})
+        else:
+            for text, label in ((better, True), (worse, False)):
+                raws.append({"prompt": prompt, "completion": text, "label": label})
+    file = write_jsonl(Path("rows.jsonl"), raws)
+    most = (60, 35)
+    assert len(plain(tokenizer, raws[-1]["prompt"])) > most[1]
+    train, held_out = common.load_rows(str(file), None, "labelled", tokenizer, *most)
+    assert len(train) + len(held_out) == 200 and 0 < len(held_out) <= 10
+    # The end of a prompt is what cutting leaves: 20 tokens hold more than its number.
+    asked = [tokenizer.decode(row.prompt) for row in held_out.rows]
+    numbers = [text.removeprefix("<s>").split(" ")[0] for text in asked]
+    labels = Counter(row.scores[0] for row in held_out.rows)
+    assert labels[0.0] == labels[1.0], (numbers, labels)
 
 
 def test_texts_are_held_out_too(tokenizers):
@@ -757,6 +1184,40 @@ def test_rows_may_have_different_numbers_of_responses():
     # The shape is this micro-batch's, also where another row of the data set has more responses.
     narrow = common.collate(rows, [1, 2], CPU)
     assert narrow.ref_logps.shape == narrow.lengths.shape == (2, 2)
+
+
+def test_scores_stand_where_their_responses_do():
+    """NaN where there is no such response, or no scores at all."""
+    rows = rows_of(([1, 2], [3], [4, 5], [6]), ([7], [8, 9]), ([1], [2], [3]), ([1], [2]))
+    for row, scores in zip(rows.rows, ([3.5, 2.0, -1.0], [0.0], [1e300, 0.0], None), strict=True):
+        row.scores = None if scores is None else np.array(scores)
+    micro = common.collate(rows, [1, 0, 3, 2], CPU)
+    expected = [[0.0, None, None], [3.5, 2.0, -1.0], [None] * 3, [1e300, 0.0, None]]
+    assert micro.scores.dtype == torch.float64 and micro.scores.shape == micro.lengths.shape
+    found = [[None if x != x else x for x in line] for line in micro.scores.tolist()]
+    assert found == expected
+    shared = common.collate(rows, [1, 0, 3, 2], CPU, share_prompt=True)
+    assert torch.equal(shared.scores.nan_to_num(9.0), micro.scores.nan_to_num(9.0))
+    # The shape is this micro-batch's, also where another row of the data set has a longer list.
+    narrow = common.collate(rows, [2, 1], CPU).scores
+    assert narrow.shape == (2, 2) and narrow[0].tolist() == [1e300, 0.0]
+
+
+def test_the_digest_knows_scores_and_their_places():
+    def digest(*scores: list[float] | None) -> str:
+        rows = rows_of(([1, 2], [3], [4]), ([7], [8], [9]))
+        for row, of in zip(rows.rows, scores, strict=True):
+            row.scores = None if of is None else np.array(of)
+        return rows.digest()
+
+    lists = [
+        (None, None), ([1.0, 0.0], [1.0, 0.0]), ([1.0, 0.0], [1.0, 0.5]), ([0.0, 1.0], [1.0, 0.0]),
+        ([1.0, 0.0], [0.0, 1.0]), ([1.0, 0.0], None), (None, [1.0, 0.0]),
+        ([1.0, 0.0], [1.0, 1e-300]),
+    ]  # fmt: skip
+    digests = [digest(*scores) for scores in lists]
+    assert len(set(digests)) == len(lists)
+    assert digests == [digest(*scores) for scores in lists]
 
 
 def test_micro_batches_hold_every_row_once_longest_together():
@@ -888,6 +1349,54 @@ def test_processes_share_the_very_batches_of_one_process(thirty):
         assert {s[step][:3] for s in shared} == {(number, prompts, tokens)}
         assert sorted(sum((s[step][3] for s in shared), [])) == sorted(got)
         assert tokens == sum(len(line) - 2 for line in got)  # prompts here are 2 tokens
+
+
+def test_the_mean_length_is_that_of_first_responses_by_hand():
+    rows = rows_of(([1], [2] * 5, [3] * 50), ([1], [2] * 2), ([1], [2] * 4, [3]))
+    assert common.mean_length(rows.rows) == 11 / 3
+    assert common.mean_length(rows.rows[1:2]) == 2
+    assert common.mean_length([]) == 0
+
+
+@pytest.mark.parametrize("world, micro", [(1, 8), (1, 1), (2, 4), (2, 1), (4, 2)])
+def test_every_micro_batch_knows_the_mean_length_of_the_whole_step(world, micro, thirty):
+    """Of one, it would weigh a token by what happens to stand beside it."""
+    means = []
+    for rank in range(world):
+        run = a_run(thirty, world=world, rank=rank, micro_batch_size=micro)
+        run.step, run.policy, mine = 0, PlainPolicy(), []
+        for batch in run.batches(thirty):
+            mine.append({m.mean_length for m in batch})
+            run.step += 1
+        means.append(mine)
+    run = a_run(thirty)
+    first = [len(row.responses[0]) for row in thirty.rows]
+    expected = [{sum(first[i] for i in flat(run.step_rows(step))) / 8} for step in range(9)]
+    assert means == [expected] * world
+    assert len(set.union(*expected)) > 1
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_held_out_rows_know_the_mean_length_of_them_all(world, thirty, monkeypatch):
+    monkeypatch.setattr(common, "beside", lambda name: None)  # no samples, no memory plan
+    monkeypatch.setattr(common.dist, "all_reduce", lambda *_: None)  # processes in turn
+    monkeypatch.setattr(common, "from_main", lambda make: make())
+    held_out = common.Rows("held out", thirty.rows[:7])
+    expected = sum(len(row.responses[0]) for row in held_out.rows) / 7
+    met = []
+    for rank in range(world):
+        run = a_run(thirty, world=world, rank=rank)
+        monkeypatch.setattr(run, "log", lambda *_, **__: None)
+        run.step, run.bar, of_rank = 0, None, []
+
+        def losses_of(micro, of_rank=of_rank):
+            of_rank.append((micro.mean_length, micro.shape[0]))
+            return None, {"loss": torch.zeros(micro.shape[0])}
+
+        run.evaluate(losses_of, held_out, PlainPolicy(), None)
+        met += of_rank
+    assert {mean for mean, _ in met} == {expected}
+    assert sum(many for _, many in met) == 7
 
 
 def test_a_resumed_run_sees_the_batches_it_has_not_seen(thirty):

@@ -1,13 +1,16 @@
 """Each loss against its paper's equation, value and gradient.
 
 What is expected is worked out here with `math` alone, so that nothing of torch stands on both
-sides.
+sides. This file has DPO and SFT; beside it test_losses_pairs.py (CPO, SimPO, SLiC),
+test_losses_kto.py and test_losses_lists.py (PRO, listwise DPO) go on with its helpers.
 """
 
 import ast
+import importlib
 import inspect
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -33,6 +36,29 @@ def sigmoid(x: float) -> float:
     return math.exp(log_sigmoid(x))
 
 
+def slopes(equation: Callable[..., float], at: list[float], step: float = 1e-5) -> list[float]:
+    """The gradient by central differences; their error is of the order step^2 and 1e-16 / step."""
+    found = []
+    for i in range(len(at)):
+        up, down = list(at), list(at)
+        up[i], down[i] = at[i] + step, at[i] - step
+        found.append((equation(*up) - equation(*down)) / (2 * step))
+    return found
+
+
+def called(loss: Callable, inputs: list, *rest, dtype=torch.float64):
+    """(losses, gradients of their sum by each of `inputs`, metrics), as lists of floats."""
+    tensors = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in inputs]
+    losses, metrics = loss(*tensors, *rest)
+    assert losses.dtype == dtype
+    losses.sum().backward()
+    plain = {
+        name: tuple(part.tolist() for part in x) if isinstance(x, tuple) else x.tolist()
+        for name, x in metrics.items()
+    }
+    return losses.tolist(), [x.grad.tolist() for x in tensors], plain
+
+
 def dpo_equation(chosen, rejected, ref_chosen, ref_rejected, beta, e, gamma):
     """Equation 7 for one pair, in plain floats: (loss, its gradient by each of the four)."""
     margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
@@ -44,11 +70,10 @@ def dpo_equation(chosen, rejected, ref_chosen, ref_rejected, beta, e, gamma):
 
 def dpo(pairs: list[tuple[float, ...]], *knobs: float, dtype=torch.float64):
     """(losses, gradients of their sum by the four log-probs, metrics), as floats."""
-    inputs = [torch.tensor(x, dtype=dtype, requires_grad=True) for x in zip(*pairs, strict=True)]
-    losses, metrics = dpo_loss(*inputs, *knobs)
-    losses.sum().backward()
-    gradients = list(zip(*(x.grad.tolist() for x in inputs), strict=True))
-    return losses.tolist(), gradients, {name: x.tolist() for name, x in metrics.items()}
+    losses, gradients, metrics = called(
+        dpo_loss, list(zip(*pairs, strict=True)), *knobs, dtype=dtype
+    )
+    return losses, list(zip(*gradients, strict=True)), metrics
 
 
 def pair_with_margin(margin: float, beta: float) -> tuple[float, float, float, float]:
@@ -93,13 +118,10 @@ def test_dpo_is_the_equation(beta, e, gamma):
 
 def test_gradient_of_the_equation():
     """The gradients expected above are right: they agree with differences of the loss."""
-    pair, knobs, step = (-12.0, -9.5, -11.0, -10.0), (0.3, 0.1, 0.7), 1e-5
+    pair, knobs = [-12.0, -9.5, -11.0, -10.0], (0.3, 0.1, 0.7)
     _, gradient = dpo_equation(*pair, *knobs)
-    for i in range(4):
-        up, down = list(pair), list(pair)
-        up[i], down[i] = pair[i] + step, pair[i] - step
-        slope = (dpo_equation(*up, *knobs)[0] - dpo_equation(*down, *knobs)[0]) / (2 * step)
-        assert slope == pytest.approx(gradient[i], rel=1e-8)  # error: step^2 and 1e-16 / step
+    found = slopes(lambda *x: dpo_equation(*x, *knobs)[0], pair)
+    assert found == pytest.approx(gradient, rel=1e-8)
 
 
 # -- DPO: limits
@@ -271,34 +293,59 @@ def test_sft_limits():
 
 # -- a loss is a unit that can be taken along
 
+
+def columns(n: int) -> list[Tensor]:
+    """n inputs for two rows, no two alike."""
+    return [torch.tensor([-9.0 - i, -4.0]) for i in range(n)]
+
+
+def lists() -> list[Tensor]:
+    """Log-probs and scores of a list of three with a tie, and of a list of two."""
+    logps = torch.tensor([[-9.0, -4.0, -7.0], [-5.0, -3.0, 0.0]])
+    return [logps, torch.tensor([[2.0, 0.5, 0.5], [1.0, -1.0, torch.nan]], dtype=torch.float64)]
+
+
 EXAMPLES = {  # what each loss is called with below
-    "dpo_loss": lambda: (*(torch.tensor([-9.0 - i, -4.0]) for i in range(4)), 0.3, 0.1, 0.2),
+    "cpo_loss": lambda: (*columns(2), 3.5, 0.3, 0.7),
+    "dpo_loss": lambda: (*columns(4), 0.3, 0.1, 0.2),
+    "kto_loss": lambda: (
+        *columns(2), torch.tensor([True, False]), torch.tensor(0.4), 0.3, 1.5, 0.5,
+    ),
+    "listwise_dpo_loss": lambda: (lists()[0], lists()[0].flip(0), lists()[1], 0.3),
+    "pro_loss": lambda: (lists()[0], torch.tensor([[3, 1, 2], [2, 2, 0]]), lists()[1], 0.05),
     "sft_loss": lambda: (torch.tensor([-9.0, -4.0]), torch.tensor([3, 1])),
-}
+    "simpo_loss": lambda: (
+        *columns(2), torch.tensor([3, 1]), torch.tensor([4, 2]), 2.0, 0.3, 0.5, 0.7,
+    ),
+    "slic_loss": lambda: (*columns(5), 0.3, 1.0, 0.1),
+}  # fmt: skip
 
 
-def losses_of_methods() -> list[tuple[str, str]]:
-    """(name, source) of every top-level *_loss in every script beside common.py."""
+def losses_of_methods() -> list[tuple[str, str, str]]:
+    """(name, module, source) of every top-level *_loss in every script beside common.py."""
     found = []
     for file in sorted(ROOT.glob("*.py")):
         source = file.read_text()
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_loss"):
-                found.append((node.name, ast.get_source_segment(source, node)))
+                found.append((node.name, file.stem, ast.get_source_segment(source, node)))
     return found
 
 
-@pytest.mark.parametrize("name, source", [pytest.param(*x, id=x[0]) for x in losses_of_methods()])
-def test_pasted_into_a_notebook(name, source):
+@pytest.mark.parametrize(
+    "name, module, source", [pytest.param(*x, id=x[0]) for x in losses_of_methods()]
+)
+def test_pasted_into_a_notebook(name, module, source):
     """With torch, F and Tensor alone, the loss does the same."""
     notebook = {"torch": torch, "F": F, "Tensor": Tensor}
     exec(source, notebook)
+    original = getattr(importlib.import_module(module), name)
     losses, metrics = notebook[name](*EXAMPLES[name]())
-    expected, expected_metrics = globals()[name](*EXAMPLES[name]())
-    assert torch.equal(losses, expected)
+    expected, expected_metrics = original(*EXAMPLES[name]())
+    assert torch.equal(losses, expected) and losses.isfinite().all()
     assert metrics.keys() == expected_metrics.keys()
-    assert inspect.signature(notebook[name]) == inspect.signature(globals()[name])
+    assert inspect.signature(notebook[name]) == inspect.signature(original)
 
 
 def test_every_loss_is_tested():
-    assert {name for name, _ in losses_of_methods()} == EXAMPLES.keys()
+    assert {name for name, _, _ in losses_of_methods()} == EXAMPLES.keys()

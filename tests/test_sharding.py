@@ -10,20 +10,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, make_checkpoint, make_config, make_tokenizer, run_script, start_script
+from conftest import (
+    ROOT,
+    labelled_rows,
+    make_checkpoint,
+    make_config,
+    make_tokenizer,
+    run_script,
+    start_script,
+    write_jsonl,
+)
 from safetensors.torch import load_file
 from test_train import (
     HOT,
+    OWN,
     SMALL,
-    TIMINGS,
     _as_in_a_fresh_process,  # noqa: F401 (used by its name)
     as_flags,
+    assert_same_log,
     assert_same_run,
     assert_same_weights,
     checkpoints_in,
     farthest,
     kill_all,
-    lines_of,
     long_run,
     pairs,  # noqa: F401
     plain,  # noqa: F401
@@ -110,7 +119,7 @@ def test_dropout_stays_off_where_activations_are_made_again(tmp_path):
 def run(script: str, folder: Path, start: Path, rows: Path, processes: int, **flags) -> str:
     """What a real run prints; its folder is `folder`."""
     values = SMALL | {"model": start, "dataset": rows, "output_dir": folder}
-    values |= {"beta": 0.5} if script == "dpo" else {}
+    values |= OWN[script]
     values |= {"cache_dir": folder.parent / "cache"} | flags
     words = as_flags(**{k: v for k, v in values.items() if not isinstance(v, bool)})
     words += [f"--{k.replace('_', '-')}" for k, v in values.items() if v is True]
@@ -176,13 +185,6 @@ def assert_same_export(one: Path, other: Path) -> None:
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
-def assert_same_log(one: Path, other: Path) -> None:
-    for line, there in zip(lines_of(one), lines_of(other), strict=True):
-        assert line.keys() == there.keys()
-        for key in line.keys() - {*TIMINGS, "padding"}:
-            assert there[key] == pytest.approx(line[key], rel=1e-7, abs=1e-9), key
-
-
 def test_same_weights_spread_over_two(heads, alone, pairs, tmp_path):  # noqa: F811
     """Also: three held-out rows for two processes, so one of them has a stand-in."""
     flags = HOT | {"micro_batch_size": 2, "fsdp": True, "gradient_checkpointing": True}
@@ -203,6 +205,19 @@ def test_same_weights_spread(heads, alone, pairs, tmp_path, name, processes, aga
     assert_same_weights(alone(name), tmp_path / "spread", heads(name))
     assert_same_log(alone(name), tmp_path / "spread")
     assert_same_export(alone(name), tmp_path / "spread")
+
+
+@pytest.mark.slow
+def test_kto_spread(checkpoints, tmp_path):
+    """Passes without a gradient come before those with one, over as many rows on every process."""
+    rows = write_jsonl(tmp_path / "labelled.jsonl", labelled_rows(60))
+    start, flags = checkpoints("gemma2"), HOT | {"micro_batch_size": 2, "eval_every": 2}
+    run("kto", tmp_path / "one", start, rows, 1, **flags)
+    run("kto", tmp_path / "two", start, rows, 2, fsdp=True, **flags)
+    assert_same_weights(tmp_path / "one", tmp_path / "two", start)
+    assert_same_log(tmp_path / "one", tmp_path / "two")
+    assert_same_export(tmp_path / "one", tmp_path / "two")
+    assert max(step["kl"] for step in steps_of(tmp_path / "one")) > 0.01  # z0 is not always 0
 
 
 @pytest.mark.slow

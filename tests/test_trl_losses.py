@@ -1,0 +1,199 @@
+"""cpo_loss, simpo_loss and kto_loss against the code of TRL's CPOTrainer and KTOTrainer: the same
+log-probs in, the same value and gradient out, in float64.
+
+Their losses are methods that ask a model themselves. They get one that answers with tensors made
+here, on a trainer without its __init__, which has nothing but what they read.
+"""
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from cpo import cpo_loss
+from kto import kto_loss
+from simpo import simpo_loss
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-13}  # some ten float64 operations on numbers up to a hundred
+ACCELERATOR = SimpleNamespace(device="cpu", gather_for_metrics=lambda tensor: tensor)
+pytestmark = pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    assert theirs.dtype == torch.float64
+    torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+# -- CPO and SimPO
+
+VOCABULARY = 13
+PROMPTS = (3, 1, 5, 2, 4, 2)  # tokens of each
+CHOSEN = (4, 9, 1, 6, 2, 12)
+REJECTED = (7, 2, 5, 6, 1, 3)
+
+
+def answers(generator: torch.Generator, lengths: tuple[int, ...], longest: int) -> dict:
+    """As TRL's collator gives them: prompt and answer, padded; labels are -100 but in the answer."""
+    ids = torch.zeros(len(lengths), longest, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for b, (prompt, answer) in enumerate(zip(PROMPTS, lengths, strict=True)):
+        row = torch.randint(1, VOCABULARY, (prompt + answer,), generator=generator)
+        ids[b, : len(row)], labels[b, prompt : len(row)] = row, row[prompt:]
+    return {"input_ids": ids, "labels": labels, "attention_mask": (ids > 0).long()}
+
+
+def pairs(scale: float) -> tuple[dict, Tensor]:
+    """A batch, and (2B, L, V) logits for its chosen, then its rejected answers."""
+    generator = torch.Generator().manual_seed(5)
+    longest = [max(p + n for p, n in zip(PROMPTS, t, strict=True)) for t in (CHOSEN, REJECTED)]
+    batch = {}
+    for name, lengths, width in zip(
+        ("chosen", "rejected"), (CHOSEN, REJECTED), longest, strict=True
+    ):
+        batch |= {f"{name}_{k}": v for k, v in answers(generator, lengths, width).items()}
+    shape = (2 * len(PROMPTS), max(longest), VOCABULARY)
+    logits = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return batch, logits.requires_grad_()
+
+
+def summed_logps(batch: dict, logits: Tensor) -> Tensor:
+    """(2, B): an answer's log-prob, one at a time."""
+    logps, found = logits.log_softmax(-1), []
+    for part, (name, lengths) in enumerate((("chosen", CHOSEN), ("rejected", REJECTED))):
+        for b, (start, n) in enumerate(zip(PROMPTS, lengths, strict=True)):
+            ids = batch[f"{name}_input_ids"][b]
+            line = logps[part * len(PROMPTS) + b]
+            found.append(sum(line[t - 1, ids[t]] for t in range(start, start + n)))
+    return torch.stack(found).view(2, -1)
+
+
+def cpo_of_trl(batch: dict, logits: Tensor, **knobs) -> tuple[Tensor, dict]:
+    from trl.experimental.cpo import CPOTrainer
+
+    trainer = object.__new__(CPOTrainer)
+    known = {
+        "accelerator": ACCELERATOR, "is_encoder_decoder": False, "pad_token_id": 0,
+        "aux_loss_enabled": False, "label_smoothing": 0.0, "alpha": 0.0,
+    }  # fmt: skip
+    for name, value in (known | knobs).items():
+        setattr(trainer, name, value)
+    return trainer.get_batch_loss_metrics(lambda *_, **__: SimpleNamespace(logits=logits), batch)
+
+
+@pytest.mark.parametrize("scale", (0.3, 2.0, 8.0))  # the last: losses of 0 and of hundreds
+@pytest.mark.parametrize("weight", (0.0, 0.4, 1.0))
+@pytest.mark.parametrize("beta", (0.1, 2.0))
+@pytest.mark.parametrize("ratio", (None, 0.0, 0.55))  # None: CPO, else SimPO's gamma / beta
+def test_pairwise(ratio, beta, weight, scale):
+    batch, logits = pairs(scale)
+    knobs = {"beta": beta, "cpo_alpha": weight, "loss_type": "sigmoid"}
+    if ratio is not None:
+        knobs |= {"loss_type": "simpo", "simpo_gamma": beta * ratio}
+    theirs, logged = cpo_of_trl(batch, logits, **knobs)
+    (slope,) = torch.autograd.grad(theirs, logits)
+
+    logps = summed_logps(batch, logits)
+    mean_length = sum(CHOSEN) / len(CHOSEN)
+    if ratio is None:
+        losses, metrics = cpo_loss(*logps, mean_length, beta, weight)
+    else:
+        lengths = torch.tensor([CHOSEN, REJECTED])
+        losses, metrics = simpo_loss(*logps, *lengths, mean_length, beta, ratio, weight)
+    close(losses.mean(), theirs)
+    close(torch.autograd.grad(losses.mean(), logits)[0], slope)
+    assert slope.abs().max() > 1e-3
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
+        assert float(metrics[name].mean()) == pytest.approx(logged[name], rel=1e-12), name
+    if weight:  # without, TRL logs 0
+        assert float(metrics["nll_loss"].mean()) == pytest.approx(logged["nll_loss"], rel=1e-12)
+
+
+# -- KTO
+
+
+def kto_of_trl(
+    token_logps: Tensor,  # (B, T) of the answers
+    ref_logps: Tensor,  # (B,)
+    others: Tensor,  # (B, T) of the mismatched ones
+    ref_others: Tensor,  # (B,)
+    desirable: Tensor,
+    **knobs: float,
+) -> tuple[Tensor, dict]:
+    """(loss, what it logs)"""
+    from trl import KTOTrainer
+
+    rows, tokens = token_logps.shape
+    answers_of = {"": token_logps, "KL_": others}
+    batch = {"label": desirable, "ref_logps": ref_logps, "ref_KL_logps": ref_others}
+    for at, name in enumerate(answers_of):  # the first token is the prompt; ids tell which is asked
+        batch[f"{name}input_ids"] = torch.full((rows, tokens + 1), at)
+        batch[f"{name}attention_mask"] = torch.ones(rows, tokens + 1, dtype=torch.long)
+        batch[f"{name}completion_mask"] = torch.ones(rows, tokens + 1, dtype=torch.long)
+        batch[f"{name}completion_mask"][:, 0] = 0
+
+    def model(input_ids: Tensor, **_) -> SimpleNamespace:
+        logps = list(answers_of.values())[int(input_ids[0, 0])]
+        unused = torch.zeros(rows, tokens)
+        return SimpleNamespace(log_probs=logps, entropy=unused, mean_logits=unused)
+
+    model.training = True
+    trainer = object.__new__(KTOTrainer)
+    known = {
+        "accelerator": ACCELERATOR, "model": model, "loss_type": "kto", "calculate_KL": True,
+        "precompute_ref_logps": True, "aux_loss_enabled": False, "_tp_size": 1,
+        "_total_train_tokens": 0, "_metrics": {"train": defaultdict(list)},
+    }  # fmt: skip
+    for name, value in (known | knobs).items():
+        setattr(trainer, name, value)
+    loss = trainer._compute_loss(model, batch, return_outputs=False)
+    return loss, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+LABELS = {
+    "mixed": (True, False, False, True, True, False, True),
+    "desirable only": (True,) * 7,
+    "undesirable only": (False,) * 7,
+}
+
+
+@pytest.mark.parametrize(
+    "drift", (-3.0, 0.0, 3.0)
+)  # of the mismatched answers: z0 is clamped or not
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("weights", ((1.0, 1.0), (1.33, 0.75), (0.5, 2.0)))
+@pytest.mark.parametrize("beta", (0.1, 1.0, 5.0))
+def test_kto(beta, weights, labels, drift):
+    generator = torch.Generator().manual_seed(9)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    token_logps, others = draw(7, 6) - 3, draw(7, 6) - 3
+    ref_logps = token_logps.sum(1) + 4 * draw(7)  # log-ratios of some nats, either way
+    ref_others = others.sum(1) + draw(7) - drift
+    desirable = torch.tensor(LABELS[labels])
+    token_logps.requires_grad_()
+    others.requires_grad_()
+    knobs = {"beta": beta, "desirable_weight": weights[0], "undesirable_weight": weights[1]}
+
+    theirs, logged = kto_of_trl(token_logps, ref_logps, others, ref_others, desirable, **knobs)
+    inputs = (token_logps, others)
+    slope, of_others = torch.autograd.grad(theirs, inputs, allow_unused=True)
+    assert of_others is None
+    kl = (others.sum(1) - ref_others).mean()
+    losses, metrics = kto_loss(token_logps.sum(1), ref_logps, desirable, kl, **knobs)
+    close(losses.mean(), theirs)
+    our_slope, of_others = torch.autograd.grad(losses.mean(), inputs, allow_unused=True)
+    close(our_slope, slope)
+    assert of_others is None  # z0 is a constant
+    assert slope.abs().max() > 1e-4
+
+    assert max(0.0, float(kl.detach())) == pytest.approx(logged.pop("kl"), rel=1e-12, abs=1e-12)
+    if drift:
+        assert (kl > 0) == (drift > 0)
+    # TRL logs neither where a batch has no such answer; our weight of it is 0 then.
+    for name in ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
+        values, counts = metrics[name]
+        assert (name in logged) == bool(counts.sum() > 0)
+        if name in logged:
+            mean = float(values.detach().sum() / counts.sum())
+            assert mean == pytest.approx(logged[name], rel=1e-12), name
