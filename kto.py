@@ -22,7 +22,7 @@ Options and departures
 2. y' is fixed once for all epochs: a seeded permutation of the rows that pairs no prompt with an answer to itself. The
    authors' code shifts the answers within a micro-batch. Held-out rows take theirs from the training rows.
 3. Weights: the paper wants lambda_D n_D / (lambda_U n_U) between 1 and 4/3 (later 3/2), where n_D desirable and n_U
-   undesirable rows are given: one desirable in ten needs --desirable-weight 9 to 12. The run prints the ratio.
+   undesirable rows are given: one desirable in ten needs --desirable-weight 9 to 13. The run prints the ratio.
 4. Pairs are taken apart into a desirable and an undesirable answer, ranked lists into their best and worst.
 
 Healthy: the loss starts at half the mean weight (0.5 with both 1); kl starts at 0, rises slowly, may be below 0 (z0 is 0 then);
@@ -126,7 +126,8 @@ def kto_loss(
     log_ratios = logps - ref_logps  # (B,)
     good = desirable.to(logps.dtype)  # (B,) 1 or 0
     weights = good * desirable_weight + (1 - good) * undesirable_weight  # (B,)
-    values = torch.sigmoid(beta * (2 * good - 1) * (log_ratios - z0))  # (B,) v / lambda_y
+    gains = (2 * good - 1) * (log_ratios - z0)  # (B,) to the right side of z0
+    values = torch.sigmoid(beta * gains)  # (B,) v / lambda_y
     losses = weights * (1 - values)
     rewards = beta * log_ratios
     metrics = {
@@ -134,7 +135,7 @@ def kto_loss(
         "kl": kl.detach().expand_as(losses),
         "rewards/chosen": (rewards * good, good),
         "rewards/rejected": (rewards * (1 - good), 1 - good),
-        "rewards/accuracies": ((log_ratios > z0) == desirable).to(logps.dtype),
+        "rewards/accuracies": (gains > 0).float(),
         "logps/chosen": (logps * good, good),
         "logps/rejected": (logps * (1 - good), 1 - good),
     }

@@ -23,7 +23,7 @@ Options and departures
    rate: it is DPO's, and the real models' settings are those of dpo.py.
 4. As in dpo.py, the reference is asked once, before the first step.
 
-Healthy: the loss starts at the sum over k of log(answers not above the k-th): log 2 + log 3 + log 4 = 3.18 for four without
+Healthy: the loss starts at the sum over k of log(1 + answers below the k-th): log 4 + log 3 + log 2 = 3.18 for four without
 ties; rewards/accuracies (ordered pairs of a list in the right order) rises to 0.6-0.8. Otherwise as dpo.py says.
 
     python listwise_dpo.py                                              # the embedded task, on a laptop

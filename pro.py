@@ -5,9 +5,9 @@
     s_i = log pi(y_i|x) / |y_i|,        T_ki = r_k - r_i,        T_k = max over i > k of T_ki
 
 A chain of choices: the best answer against all others, then the second against those below it, and so on, each a softmax
-over what the policy thinks of an answer, its mean log-prob a token. An answer that is much worse (r: its score) is pushed
-away harder than one that is nearly as good: the gap of the scores is its temperature. The last term is SFT on the best
-answer, weighted with (n-1)^2 as the chain grows. There is no reference model.
+over what the policy thinks of an answer, its mean log-prob a token. The gap of two scores (r) is the temperature of their
+comparison: meant to push a much worse answer away harder than one that is nearly as good, which it does while T|s| is
+below about 1. The last term is SFT on the best answer, with (n-1)^2 as the chain grows. There is no reference model.
 
     paper                    here
     x, y_1 ... y_n           a row: the prompt and its ranked responses, best first; lists may differ in length
@@ -20,7 +20,7 @@ Options and departures
 1. Ties: answers with equal scores are not compared; each is compared with those below. In the authors' code a tied
    answer has temperature 0, so that it adds a constant exp(0) to the sum and gets no gradient.
 2. L_k is computed as logsumexp(0, T_ki s_i - T_k s_k). The authors' log(1e-10 + ...) of plain exponentials is a
-   constant, without a gradient, when T s falls below -23.
+   constant when T s falls below -23: then worse answers get no gradient, and the better one always all of its T_k.
 3. --no-score-temperatures: all temperatures 1, the paper's variant without scores. Pairs become lists of two with the
    scores 1 and 0, which is the same. --score-scale multiplies scores, whose unit is that of the reward model.
 4. The authors score the end of a sequence only where padding follows. Here every answer ends with it.
@@ -126,7 +126,7 @@ def pro_loss(
     ahead = ahead.masked_fill(~worse, -torch.inf)
     chain = torch.logsumexp(F.pad(ahead, (1, 0)), -1).sum(-1)  # (B,) L_k, 0 where nothing is worse
     many = (~scores.isnan()).sum(-1)  # (B,) n
-    losses = chain - sft_weight * (many - 1) ** 2 * logps[:, 0]
+    losses = chain - sft_weight * ((many - 1) ** 2 * logps[:, 0])
     better = mean_logps[:, :, None] - mean_logps[:, None, :]  # (B, K, K)
     last = (many - 1)[:, None]  # (B, 1) the worst answer of each list
     margins = better[:, 0].gather(1, last)[:, 0]  # (B,) best against worst

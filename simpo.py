@@ -3,9 +3,9 @@
     L = - E_(x, y_w, y_l) [ log sigmoid( beta/|y_w| log pi(y_w|x)  -  beta/|y_l| log pi(y_l|x)  -  gamma ) ]      (eq. 6)
 
 The reward is what decoding looks for: the mean log-prob of an answer's tokens. So there is no reference model, and a long
-answer gains nothing by its length alone. A pair counts as learnt when its rewards are gamma apart. gamma is given as a
-share of beta, as in the authors' code: gamma = beta * --gamma-beta-ratio (2.0 * 0.5 = 1.0), and the ratio is the wanted
-difference in nats a token. Older configurations and TRL's simpo_gamma hold the absolute gamma: divide it by beta.
+answer gains nothing by its length alone. gamma is the wanted margin: there a pair is even, and still pulled with half the
+strength. It is given as a share of beta, as in the authors' code, gamma = beta * --gamma-beta-ratio (2.0 * 0.5 = 1.0): the
+ratio is a margin in nats a token. Older configurations and TRL's simpo_gamma hold the absolute gamma: divide it by beta.
 
     paper                    here
     x, y_w, y_l              a row: the prompt, its first response (chosen), its second (rejected)

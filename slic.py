@@ -13,8 +13,8 @@ reference model. (In the paper pairs are samples of the fine-tuned model, compar
     lambda                   target_weight
 
 Options and departures
-1. --beta: a factor on the log-probs inside the hinge, so that the margin is delta/beta nats. 1 is the paper; the thesis has
-   0.1, a margin of 10 nats.
+1. --beta: a factor on the log-probs inside the hinge, so that the margin is delta/beta nats, and its pull beta times that
+   of lambda 1. 1 is the paper; the thesis has 0.1, a margin of 10 nats, and regularises with a mean over tokens, not a sum.
 2. --reference-normalised (SLiC-DPO, in the thesis): the hinge compares implicit rewards, beta log pi/ref, instead of
    beta log pi. RSO (arXiv 2309.06657) calls this hinge-norm. The regulariser stays as it is.
 3. Of a ranked list, y_ref is the better one of each pair that --pairs makes of it: the best of the list with best-worst.
@@ -38,8 +38,8 @@ import common
 
 # What a flag that was left out becomes, by model, and where the numbers are from (micro-batches are
 # ours). A model without a row takes the first one after `tiny`, and the run says so.
-THESIS = {  # 64 of "64 to 128"
-    "beta": 0.1, "delta": 1.0, "target_weight": 1.0, "lr": 1e-7, "batch_size": 64, "micro_batch_size": 4, "epochs": 3.0,
+THESIS = {  # 64 of "64 to 128"; its weight 1 on a mean over tokens is 1/27 of a sum: summaries have 27 tokens
+    "beta": 0.1, "delta": 1.0, "target_weight": 0.04, "lr": 1e-7, "batch_size": 64, "micro_batch_size": 4, "epochs": 3.0,
     "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "rmsprop", "max_grad_norm": 1.0,
     "max_length": 2048, "max_prompt_length": 1024, "dataset": "tldr",
     "source": "the MSc thesis at github.com/martimfasantos/MSc-Thesis",

@@ -149,13 +149,16 @@ def pair_rows(n: int, seed: int = 0) -> list[dict]:
 
 
 def ranked_rows(n: int, seed: int = 0) -> list[dict]:
-    """Lists of 2 to 5 answers, in no order, with ties among the scores 0, 1 and 2."""
+    """Lists of 2 to 5 answers, in no order, with ties among the scores 0, 1 and 2, which their
+    first words show.
+    """
     rng = random.Random(seed)
     rows = []
     for _ in range(n):
         scores = [0, 2, *rng.choices([0, 1, 2], k=rng.randint(0, 3))]
         rng.shuffle(scores)
-        answers = [f" {WORDS[k]} " + text(rng, 1, 6) for k in range(len(scores))]
+        words = [("no", "maybe", "yes")[score] for score in scores]
+        answers = [f" {word} {WORDS[k]} " + text(rng, 0, 5) for k, word in enumerate(words)]
         rows.append({"prompt": text(rng, 3, 9) + "?", "responses": answers, "scores": scores})
     return rows
 

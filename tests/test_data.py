@@ -333,7 +333,7 @@ LISTS = {
         RANKED | {"responses": [" b", " a", " c", " b"], "scores": [1, 3, 2, 4]},
         [("<s>Why?", [" b", " a", " c"], [4.0, 3.0, 2.0])],
     ),
-    "one that is left alone with its equals goes, others stay": (
+    "two, the better one last": (
         RANKED | {"responses": [" a", " b"], "scores": [0, 0.25]},
         [("<s>Why?", [" b", " a"], [0.25, 0.0])],
     ),
@@ -400,7 +400,9 @@ REFUSED = {
         "labelled", DEMONSTRATION, f"holds demonstration rows; {LABEL_COLUMNS}"
     ),
     "nor have messages": (
-        "labelled", {"messages": [*ASKED, assistant("So.")]}, f"holds messages rows; {LABEL_COLUMNS}"
+        "labelled",
+        {"messages": [*ASKED, assistant("So.")]},
+        f"holds messages rows; {LABEL_COLUMNS}",
     ),
     "nor has a text": ("labelled", {"text": "So."}, f"holds text rows; {LABEL_COLUMNS}"),
     "labels are no list": (
@@ -563,7 +565,7 @@ def test_a_target_may_be_a_whole_dialogue_as_the_pair_is(tokenizers):
         (TEXT_PAIR | {"target": None}, "no 'target'"),
         (RANKED, "no 'target'"),
         (TEXT_PAIR | {"target": " "}, "'target' is empty"),
-        (TEXT_PAIR | {"target": 3}, "'target' must be a text or a list of messages with 'role' and"),
+        (TEXT_PAIR | {"target": 3}, "'target' must be a text or a list of messages with"),
         (TEXT_PAIR | {"target": [user("Why?")]}, "'target' must end with an assistant message"),
         (TEXT_PAIR | {"target": [assistant("Yes.")]}, "prompt and responses must all be texts or"),
     ],
@@ -1047,12 +1049,11 @@ def test_demonstrations_are_held_out_by_their_question_too(prompt_too, tokenizer
 
 @pytest.mark.parametrize("long", [False, True], ids=["whole", "cut"])
 @pytest.mark.parametrize("form", ["pair", "ranked", "labelled"])
-def test_both_halves_of_a_pair_are_on_one_side(form, long, tokenizers):
+def test_both_answers_to_a_question_are_on_one_side(form, long, tokenizers, capsys):
     """Taken apart, or given apart: also where one answer is so long that its prompt is cut."""
-    tokenizer = tokenizers("bos")
-    raws = []
+    tokenizer, raws = tokenizers("bos"), []
     for i in range(100):
-        prompt, better, worse = f"{i} " + "zyxw" * 8, " ab", " de" * 12 * long + " xy"
+        prompt, better, worse = "zyxw" * 8 + f" {i}?", " ab", " de" * 12 * long + " xy"
         if form == "pair":
             raws.append({"prompt": prompt, "chosen": better, "rejected": worse})
         elif form == "ranked":
@@ -1061,15 +1062,16 @@ def test_both_halves_of_a_pair_are_on_one_side(form, long, tokenizers):
             for text, label in ((better, True), (worse, False)):
                 raws.append({"prompt": prompt, "completion": text, "label": label})
     file = write_jsonl(Path("rows.jsonl"), raws)
-    most = (60, 35)
-    assert len(plain(tokenizer, raws[-1]["prompt"])) > most[1]
-    train, held_out = common.load_rows(str(file), None, "labelled", tokenizer, *most)
+    train, held_out = common.load_rows(str(file), None, "labelled", tokenizer, 60, 35)
+    assert ("; 0 prompts and" in capsys.readouterr().out) == (not long)
     assert len(train) + len(held_out) == 200 and 0 < len(held_out) <= 10
-    # The end of a prompt is what cutting leaves: 20 tokens hold more than its number.
-    asked = [tokenizer.decode(row.prompt) for row in held_out.rows]
-    numbers = [text.removeprefix("<s>").split(" ")[0] for text in asked]
-    labels = Counter(row.scores[0] for row in held_out.rows)
-    assert labels[0.0] == labels[1.0], (numbers, labels)
+    # The end of a prompt, which stays, is its number.
+    sides = [
+        Counter(tokenizer.decode(row.prompt).split(" ")[-1] for row in part.rows)
+        for part in (train, held_out)
+    ]
+    assert not sides[0].keys() & sides[1].keys()
+    assert set(sides[0].values()) == set(sides[1].values()) == {2}
 
 
 def test_texts_are_held_out_too(tokenizers):

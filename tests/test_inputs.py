@@ -22,10 +22,25 @@ import tyro
 from conftest import ROOT, make_tokenizer, pair_rows, run_script, write_jsonl
 
 import common
+import cpo
 import dpo
+import kto
+import listwise_dpo
+import pro
 import sft
+import simpo
+import slic
 
-SCRIPTS = {"dpo": dpo, "sft": sft}
+SCRIPTS = {
+    "dpo": dpo,
+    "sft": sft,
+    "cpo": cpo,
+    "simpo": simpo,
+    "slic": slic,
+    "kto": kto,
+    "pro": pro,
+    "listwise_dpo": listwise_dpo,
+}
 FLAGS = {
     "--model": "model", "--dataset": "rows.jsonl", "--output-dir": "out", "--batch-size": "4",
     "--max-length": "64", "--max-prompt-length": "40", "--max-steps": "2", "--dtype": "float32",
@@ -220,6 +235,18 @@ OTHER_BAD_ROWS = {
         "dpo", RANKED, RANKED | {"responses": [" a", MESSAGES[1:]]},
         "prompt and responses must all be texts or all be lists of messages",
     ),
+    "a label that is a number": (
+        "kto", LABELLED, LABELLED | {"label": 1}, "'label' must be true or false, this is 1",
+    ),
+    "a label that is missing": ("kto", LABELLED, LABELLED | {"label": None}, "no 'label'"),
+    "a list without scores": ("pro", RANKED, RANKED | {"scores": None}, "no 'scores'"),
+    "one score too many": (
+        "listwise_dpo", RANKED, RANKED | {"scores": [1, 2, 3]}, "2 responses but 3 scores",
+    ),
+    "equal answers taken apart": (
+        "kto", PAIR, PAIR | {"rejected": PAIR["chosen"]},
+        "'chosen' and 'rejected' are the same",
+    ),
     "an empty text": ("sft", {"text": "Why?"}, {"text": "\t"}, "'text' is empty"),
     "a text that is none": (
         "sft", {"text": "Why?"}, {"text": 7}, "'text' must be a text, this is a int",
@@ -251,6 +278,23 @@ ALL_BAD = {
     "demonstrations for dpo.py": (
         "dpo", {"prompt": "Why?", "completion": " So."},
         "holds demonstration rows; needed are pair rows (chosen, rejected) or ranked ones",
+    ),
+    "demonstrations for kto.py": (
+        "kto", {"prompt": "Why?", "completion": " So."},
+        "holds demonstration rows; needed are labelled rows (prompt, completion, label), pairs or "
+        "ranked ones",
+    ),
+    "labelled rows for pro.py": (
+        "pro", LABELLED,
+        "holds labelled rows; needed are ranked rows (prompt, responses, scores) or pairs",
+    ),
+    "labelled rows for listwise_dpo.py": (
+        "listwise_dpo", LABELLED,
+        "holds labelled rows; needed are ranked rows (prompt, responses, scores) or pairs",
+    ),
+    "labelled rows for cpo.py": (
+        "cpo", LABELLED,
+        "holds labelled rows; needed are pair rows (chosen, rejected) or ranked ones",
     ),
     "messages without a template for sft.py": (
         "sft", {"messages": MESSAGES},
@@ -318,6 +362,42 @@ def test_a_bad_row_of_the_held_out_file_is_named_too(no_model):
     show("a bad row of --eval-dataset", printed)
     assert status == 1
     assert printed.startswith("error: 1 of 2 rows of other.jsonl cannot be used")
+
+
+TARGETS = {
+    "no column": (PAIR, {}, "no 'target'"),
+    "no column beside a list": (RANKED, {}, "no 'target'"),
+    "null": (PAIR, {"target": None}, "no 'target'"),
+    "empty": (PAIR, {"target": " "}, "'target' is empty"),
+    "a number": (
+        PAIR, {"target": 7},
+        "'target' must be a text or a list of messages with 'role' and 'content'",
+    ),
+    "messages beside texts": (
+        PAIR, {"target": MESSAGES[1:]},
+        "prompt and responses must all be texts or all be lists of messages",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_that_is_asked_for(name, no_model):
+    good, column, reason = TARGETS[name]
+    rows = [good | {"target": " Well."}] * 2 + [good | column] + [good | {"target": " Oh."}] * 7
+    write_jsonl(Path("rows.jsonl"), rows)
+    status, _, printed = run("slic", "--regularise-on", "target")
+    show(f"--regularise-on target, {name}", printed)
+    assert status == 1
+    assert printed == (
+        "error: 1 of 10 rows of rows.jsonl cannot be used (--skip-bad-rows goes on without them):\n"
+        f"  rows.jsonl:3: {reason}\n"
+    )
+
+
+def test_a_target_that_is_not_asked_for_is_not_read(no_model):
+    write_jsonl(Path("rows.jsonl"), [PAIR | {"target": 7}] * 10 + [PAIR] * 10)
+    with pytest.raises(ModelLoaded):
+        run("slic")
 
 
 def test_bad_rows_can_be_left_out_and_are_counted(no_model):
@@ -467,7 +547,90 @@ MISTAKES = {
         {"max_prompt_length": "64"},
         "--max-prompt-length 64 leaves no room for a response in --max-length 64",
     ),
+    **{
+        f"{script} {flag} {value}": Mistake({flag[2:]: value}, printed, script=script)
+        for script, printed, flags in (
+            (
+                "cpo",
+                "--beta must be positive, --nll-weight 0 or more",
+                [("--beta", "0"), ("--nll-weight", "-1")],
+            ),
+            (
+                "simpo",
+                "--beta must be positive, --gamma-beta-ratio and --nll-weight 0 or more",
+                [("--gamma-beta-ratio", "-0.5"), ("--nll-weight", "nan")],
+            ),
+            (
+                "slic",
+                "--beta must be positive, --delta and --target-weight 0 or more",
+                [("--delta", "-1"), ("--target-weight", "-0.1")],
+            ),
+            (
+                "kto",
+                "--beta must be positive, the two weights 0 or more",
+                [("--desirable-weight", "-1"), ("--undesirable-weight", "nan")],
+            ),
+            (
+                "pro",
+                "--sft-weight must be 0 or more, --score-scale positive",
+                [("--sft-weight", "-1"), ("--score-scale", "0")],
+            ),
+            ("listwise_dpo", "--beta must be positive", [("--beta", "0")]),
+        )
+        for flag, value in flags
+    },
+    "a reference that nobody asks": Mistake(
+        {"ref_model": "model"},
+        "--ref-model is asked with --reference-normalised alone",
+        script="slic",
+    ),
+    **{
+        f"no such reference for {script}": Mistake(
+            {"ref_model": "./nowhere"},
+            "--ref-model ./nowhere: there is no such folder",
+            script=script,
+        )
+        for script in ("kto", "listwise_dpo")
+    },
     # counts
+    **{
+        f"an empty file for {script}": Mistake(
+            {},
+            "rows.jsonl: no usable row (0 read, 0 of them bad)",
+            {"rows.jsonl": b""},
+            script,
+        )
+        for script in ("kto", "pro")
+    },
+    **{
+        f"nothing but ties for {script}": Mistake(
+            {},
+            "rows.jsonl: no usable row (1 read, 0 of them bad)",
+            {"rows.jsonl": json.dumps(RANKED | {"scores": [1, 1]}).encode() + b"\n"},
+            script,
+        )
+        for script in ("kto", "pro")
+    },
+    "one prompt for all of kto's rows": Mistake(
+        {},
+        "all rows have the same prompt, and KTO's z0 needs an answer to another one",
+        {
+            "rows.jsonl": b"".join(
+                json.dumps(LABELLED | {"completion": f" {n}", "label": n % 2 == 0}).encode() + b"\n"
+                for n in range(20)
+            )
+        },
+        "kto",
+    ),
+    "one prompt for all pairs of kto": Mistake(
+        {"eval_dataset": "other.jsonl"},
+        "all rows have the same prompt, and KTO's z0 needs an answer to another one",
+        {
+            "rows.jsonl": (json.dumps(PAIR).encode() + b"\n") * 5,
+            "other.jsonl": json.dumps(PAIR | {"prompt": "Who?"}).encode(),
+        },
+        "kto",
+    ),
     "fewer rows than a batch": Mistake(
         {"batch_size": "64"}, "38 training rows are less than one --batch-size 64"
     ),
@@ -500,7 +663,7 @@ def test_a_mistake(name, no_model, monkeypatch):
         assert printed == f"error: {mistake.printed}\n"
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["dpo", "sft"])  # these flags are the same ones in all files
 @pytest.mark.parametrize(
     "flags, said",
     [
@@ -543,6 +706,32 @@ def test_a_micro_batch_that_nobody_asked_for_is_made_to_fit(no_model):
     """Only what is on the command line can be wrong: SETTINGS say 8, and a step has 12 prompts."""
     with pytest.raises(ModelLoaded):
         run("dpo", batch_size="12")
+
+
+def test_kto_says_how_the_weights_stand_to_the_labels(no_model):
+    """30 desirable and 10 undesirable: advised are weights that make it 1 to 1.5."""
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": n % 4 > 0}
+        for n, row in enumerate(pair_rows(40))
+    ]
+    write_jsonl(Path("rows.jsonl"), rows)
+    held_out = [{"prompt": "Why?", "completion": " So.", "label": True}]
+    write_jsonl(Path("other.jsonl"), held_out)
+    for weights, told in (
+        (["--undesirable-weight", "2.5"], "1.20"),
+        (["--desirable-weight", "0"], "0.00"),
+        (["--undesirable-weight", "0"], "infinite: nothing is undesirable"),
+    ):
+        with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(ModelLoaded):
+            words = words_of(FLAGS | {"--eval-dataset": "other.jsonl"})
+            with as_a_process():
+                kto.main(tyro.cli(kto.Args, args=[*words, *weights]))
+        line = next(line for line in out.getvalue().splitlines() if line.startswith("weights"))
+        show(f"kto.py {' '.join(weights)}", line + "\n")
+        assert line == (
+            "weights    desirable to undesirable, by weight times count: "
+            f"{told} (advised: 1 to 1.5)"
+        )
 
 
 def test_a_tokenizer_without_an_end(no_model, checkpoints):

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -373,6 +374,97 @@ def test_the_longest_row_is_planned_for(tmp_path):
     widest = memory.largest_micro(run, train)
     assert [row.tokens() for row in widest] == [480, 280]
     assert widest[0] is data[-1]
+
+
+# -- rows of which one response at a time goes through the model, and lists
+
+
+def row_of(prompt: int, *responses: int) -> common.Row:
+    ids = lambda n: np.arange(n, dtype=np.int32) % 90 + 3  # noqa: E731
+    return common.Row(ids(prompt), [ids(n) for n in responses], ids(1))
+
+
+def widest_of(folder: Path, data: list[common.Row], apart: bool) -> list[common.Row]:
+    run, train = place(folder, Flags(), data)
+    train.apart = apart
+    return memory.largest_micro(run, train)
+
+
+def shape(rows: list[common.Row]) -> list[tuple[int, ...]]:
+    return [(len(row.prompt), *map(len, row.responses)) for row in rows]
+
+
+def test_rows_taken_apart_are_planned_one_response_at_a_time(tmp_path):
+    data = [row_of(200, 40, 90), row_of(200, 80, 30), row_of(20, 4, 4), row_of(20, 4, 4)]
+    assert shape(widest_of(tmp_path, data, apart=True)) == [(200, 90), (200, 80)]
+    assert shape(widest_of(tmp_path, data, apart=False)) == [(200, 40, 90), (200, 80, 30)]
+    assert shape(data) == [(200, 40, 90), (200, 80, 30), (20, 4, 4), (20, 4, 4)]  # left as they are
+
+
+def test_the_longest_of_rows_taken_apart_is_the_longest_pass(tmp_path):
+    """Not the row with the most tokens: its two responses are never in memory together."""
+    longest, most_tokens = row_of(10, 250, 5), row_of(100, 100, 100)
+    assert longest.tokens() < most_tokens.tokens() and longest.length() > most_tokens.length()
+    short = row_of(9, 9, 9)
+    for data in (
+        [longest, most_tokens],
+        [most_tokens, short, longest, short],
+        [most_tokens, short, short, short, longest],  # in no step that is looked at
+    ):
+        assert max(row.length() for row in widest_of(tmp_path, data, apart=True)) == 260
+
+
+def test_one_response_at_a_time_takes_what_rows_of_one_take(tmp_path):
+    flags, config = Flags(share_prompt=True), tiny_config()
+    two = [row_of(100, 60, 60) for _ in range(4)]
+    one = [row_of(100, 60) for _ in range(4)]
+    apart = memory.plan(config, flags, widest_of(tmp_path, two, apart=True))
+    assert apart == memory.plan(config, flags, one)
+    together = memory.plan(config, flags, widest_of(tmp_path, two, apart=False))
+    assert apart.activations < together.activations and apart.head < together.head
+
+
+def test_of_a_list_all_responses_are_in_memory_at_once():
+    config, flags = tiny_config(), Flags(share_prompt=False)
+    two, eight = (memory.plan(config, flags, [row_of(100, *[40] * k)] * 2) for k in (2, 8))
+    assert eight.activations + eight.head > 3 * (two.activations + two.head)
+    assert eight.weights == two.weights
+    # Where a row is shorter than the longest list, its lines are there all the same.
+    ragged = memory.plan(config, flags, [row_of(100, *[40] * 8), row_of(100, 40, 40)])
+    assert 3 * two.activations < ragged.activations <= eight.activations
+
+
+@pytest.mark.parametrize("method", ["kto", "listwise_dpo", "slic"])
+def test_every_method_is_told_what_it_takes(method, model, tmp_path, capsys, monkeypatch):
+    """With its own flags, and rows as it has them: labels and strangers' answers, lists of two to
+    four with scores, pairs with a target.
+    """
+    module = import_module(method)
+    args = module.Args(
+        model=model, dtype="float32", optimizer="adamw", micro_batch_size=2, batch_size=4,
+        max_length=512, lora_rank=0,
+    )  # fmt: skip
+    data = {
+        "kto": [row_of(60, 20, 30), row_of(50, 9, 40)],
+        "listwise_dpo": [row_of(60, 20, 30, 9, 8), row_of(50, 9, 40)],
+        "slic": [row_of(60, 20, 30, 9), row_of(50, 9, 40, 9)],
+    }[method]
+    data = [*data, *rows(2, 9, 9)]
+    for row in data:
+        row.scores = np.arange(len(row.responses), dtype=float)[::-1]
+    monkeypatch.setattr(memory, "machine", lambda _: (22 * GIB, "a GPU", 0))
+    run, train = place(tmp_path, args, data)
+    train.apart = method == "kto"
+    memory.tell(run, train)
+    told = capsys.readouterr().out
+    assert told.startswith("memory     a process needs about 0.0") and "could not be" not in told
+    found = memory.plan(tiny_config(), args, memory.largest_micro(run, train))
+    assert f"about {memory._gib(found.total)} of 22.0 GiB" in told
+    # For advice, rows are planned again with other flags.
+    monkeypatch.setattr(memory, "machine", lambda _: (int(found.total * 0.9), "a GPU", 0))
+    memory.tell(run, train)
+    told = capsys.readouterr().out
+    assert "warning    more than there is" in told and "could not be" not in told
 
 
 # -- the advice

@@ -323,10 +323,10 @@ BREAKS = {  # step, flags, checkpoints that are there then
 def test_run_that_broke_goes_on_to_the_same_end(
     checkpoints,
     rows,
-    plain,
+    plain,  # noqa: F811
     monkeypatch,
     script,
-    when,  # noqa: F811
+    when,
 ):
     method, start, data = METHODS[script], checkpoints("llama"), rows(kind_of(script))
     step, flags, there = BREAKS[when]

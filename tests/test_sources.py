@@ -2,6 +2,8 @@
 tests write, become exactly these prompts and answers. And what is told when the hub says no.
 """
 
+import ast
+import dataclasses
 import gzip
 import json
 import os
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
 
 import huggingface_hub
@@ -61,6 +64,14 @@ def load(dataset: str, kind: str, tokenizer, max_prompt_length: int = 900, **mor
         (tokenizer.decode(row.prompt[1:]), [tokenizer.decode(a[:-1]) for a in row.responses])
         for row in rows.rows
     ]
+
+
+def load_scored(dataset: str, kind: str, tokenizer) -> list[tuple[str, list[str], list[float]]]:
+    """The same with each answer's score."""
+    rows, _ = common.load_rows(dataset, None, kind, tokenizer, 1000, 900)
+    scores = [row.scores.tolist() for row in rows.rows]
+    texts = load(dataset, kind, tokenizer)
+    return [(*text, numbers) for text, numbers in zip(texts, scores, strict=True)]
 
 
 def left_out(capsys) -> str:
@@ -350,12 +361,85 @@ DEMONSTRATIONS = {
         "none",
     ),
 }
+LABELLED = {
+    "kto-mix: both labels, several turns": (
+        "kto-mix",
+        [
+            {"prompt": [user("Why?")], "completion": [assistant("So.")], "label": True},
+            {
+                "prompt": [user("Hello"), assistant("Hi"), user("Why?")],
+                "completion": [assistant("No.")],
+                "label": False,
+            },
+            {"prompt": [user("Why?")], "completion": [assistant(" ")], "label": True},
+        ],
+        [
+            ("[user]Why?[assistant]", ["So."], [1.0]),
+            ("[user]Hello[assistant]Hi</s>[user]Why?[assistant]", ["No."], [0.0]),
+        ],
+        "1 with an empty answer",
+    ),
+}
+LISTS = {
+    "alma-r: three answers, the reference not always the best": (
+        "alma-r",
+        [alma()],
+        [
+            (TO_ENGLISH, [" Aye.", " Yeah.", " Yes."], [0.9, 0.7, 0.6]),
+            (TO_GERMAN, [" Ja.", " Jawohl.", " Jo."], [0.9, 0.8, 0.7]),
+        ],
+        "none",
+    ),
+    "alma-r: ties among three, all alike, two that people compared": (
+        "alma-r",
+        [
+            alma(required_directions="en-de", gpt4_de_kiwi_xcomet=0.7),
+            alma(
+                required_directions="en-de",
+                **dict.fromkeys([f"{s}_de_kiwi_xcomet" for s in ("ref", "gpt4", "alma")], 0.5),
+            ),
+            alma(required_directions="en-de", alma_de="Ja."),  # a text twice, with its best score
+            judged(1.5),
+            judged(-0.5),
+        ],
+        [
+            (TO_GERMAN, [" Ja.", " Jawohl.", " Jo."], [0.9, 0.7, 0.7]),
+            (TO_GERMAN, [" Ja.", " Jawohl."], [0.9, 0.8]),
+            (TO_GERMAN, [" Jawohl.", " Jo."], [1.5, 0.0]),
+            (TO_GERMAN, [" Jo.", " Jawohl."], [0.0, -0.5]),
+        ],
+        "1 ties",
+    ),
+}
+
+
+def taken_apart(pairs: list) -> list:
+    """Of pairs, and of the best and the worst of lists."""
+    return [
+        (prompt, [answer], [label])
+        for prompt, answers in pairs
+        for answer, label in zip(answers, (1.0, 0.0), strict=True)
+    ]
+
+
+# What pairs are for kto.py, and for pro.py and listwise_dpo.py.
+LABELLED |= {
+    case: (name, rows, taken_apart(pairs), lost)
+    for case, (name, rows, pairs, lost) in PAIRS.items()
+}
+LISTS |= {
+    case: (name, rows, [(*pair, [1.0, 0.0]) for pair in pairs], lost)
+    for case, (name, rows, pairs, lost) in PAIRS.items()
+    if name != "alma-r"
+}
 CASES = [("pair", name) for name in PAIRS] + [("demonstration", name) for name in DEMONSTRATIONS]
 
 
 def test_every_source_has_a_case():
     tested = {"pair": {x[0] for x in PAIRS.values()}}
     tested["demonstration"] = {x[0] for x in DEMONSTRATIONS.values()}
+    tested |= {"labelled": {x[0] for x in LABELLED.values()}}
+    tested |= {"ranked": {x[0] for x in LISTS.values()}}
     for kind, names in tested.items():
         has = {n for n, of in published.DATASETS.items() if {*sources.RICHER[kind]} & {*of}}
         assert has == names
@@ -369,6 +453,23 @@ def test_published_rows_become_ours(kind, case, ending, tokenizer, capsys):
     file = write(Path(f"rows.{ending}"), rows)
     assert load(f"{name}={file}", kind, tokenizer) == expected
     assert left_out(capsys) == lost
+
+
+@pytest.mark.parametrize(
+    "kind, case", [("labelled", case) for case in LABELLED] + [("ranked", case) for case in LISTS]
+)
+def test_published_rows_become_labels_and_lists(kind, case, tokenizer, capsys):
+    name, rows, expected, lost = {"labelled": LABELLED, "ranked": LISTS}[kind][case]
+    found = load_scored(f"{name}={write_jsonl(Path('rows.jsonl'), rows)}", kind, tokenizer)
+    assert found == expected
+    assert left_out(capsys) == lost
+
+
+def test_published_rows_have_no_target(tokenizer):
+    """slic.py --regularise-on target asks for a column that no published set has."""
+    file = write_jsonl(Path("rows.jsonl"), [hh(" So.", " No.")])
+    with pytest.raises(common.UserError, match="rows.jsonl:1: no 'target'"):
+        load(f"hh={file}", "pair", tokenizer, targets=True)
 
 
 def test_ranked_and_labelled_rows_are_there_for_the_methods_that_take_them():
@@ -447,6 +548,33 @@ def test_a_kind_that_a_set_has_not():
     assert refused("ultrachat") == f"ultrachat: {expected}{others}"
     assert refused("HuggingFaceH4/ultrachat_200k").startswith("HuggingFaceH4/ultrachat_200k: holds")
     assert refused("kto-mix").startswith("kto-mix: holds labelled rows, and pair rows are needed")
+    assert refused("kto-mix", "ranked") == (
+        f"kto-mix: holds labelled rows, and ranked rows are needed; {others}"
+    )
+    assert refused("trl-lib/kto-mix-14k", "ranked").endswith(f"rows are needed; {others}")
+    assert refused("ultrachat", "labelled") == (
+        "ultrachat: holds demonstration rows, and labelled rows are needed; "
+        "tldr, ultrafeedback, hh, shp, kto-mix, alma-r, mt-pref have such"
+    )
+
+
+@pytest.mark.parametrize(
+    "name, kind, repo",
+    [
+        ("hh", "labelled", "Anthropic/hh-rlhf"),
+        ("hh", "ranked", "Anthropic/hh-rlhf"),
+        ("tldr", "labelled", "openai/summarize_from_feedback"),  # not its demonstrations
+        ("tldr", "ranked", "openai/summarize_from_feedback"),
+        ("kto-mix", "labelled", "trl-lib/kto-mix-14k"),
+        ("alma-r", "labelled", "haoranxu/ALMA-R-Preference"),
+        ("alma-r", "ranked", "haoranxu/ALMA-R-Preference"),
+        ("mt-pref", "labelled", "sardinelab/MT-pref"),
+    ],
+)
+def test_where_labels_and_lists_are_from(name, kind, repo):
+    source = sources.find_named(name, kind).source
+    assert source.repo == repo
+    assert sources.test_split(name, kind) == (name if source.splits[1] else None)
 
 
 def test_a_part_that_a_set_has_not():
@@ -899,6 +1027,60 @@ def test_a_model_folder_that_cannot_be_read_says_so_itself(tmp_path):
     with pytest.raises(common.UserError) as caught:
         common.load_tokenizer(str(tmp_path), 10)
     assert str(caught.value).startswith(f"--model {tmp_path}: Unrecognized model in {tmp_path}")
+
+
+# -- what the methods ask for when nothing is said
+
+
+METHODS = {
+    path.stem: path.read_text()
+    for path in sorted(ROOT.glob("*.py"))
+    if "\nSETTINGS = {" in path.read_text()
+}
+
+
+def test_all_methods_are_looked_at():
+    assert {*"sft dpo cpo simpo slic kto pro listwise_dpo".split()} <= METHODS.keys()
+
+
+def kinds_asked_for(source: str) -> set[str]:
+    """What the file gives to common.load_rows as its third argument."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    of_rows = [c for c in calls if getattr(c.func, "attr", "") == "load_rows"]
+    return {call.args[2].value for call in of_rows}
+
+
+def rows_of_settings() -> list[tuple[str, str]]:
+    return [(name, row) for name in METHODS for row in import_module(name).SETTINGS]
+
+
+@pytest.mark.parametrize("method, model", rows_of_settings())
+def test_a_row_of_settings_leaves_nothing_open(method, model):
+    """A run with --model alone must start, on a data set of the kind that the method takes."""
+    module = import_module(method)
+    row = module.SETTINGS[model]
+    fields = {f.name: f.default for f in dataclasses.fields(module.Args)}
+    open_to_all = {"ref_model", "eval_dataset", "dtype", "output_dir", "cache_dir", "lora_rank"}
+    needed = {name for name, default in fields.items() if default is None} - open_to_all
+    assert len({"epochs", "max_steps"} & row.keys()) == 1  # else one of them would say nothing
+    assert needed - {"epochs", "max_steps"} <= row.keys()
+    assert {name for name in row if name != "source"} <= {n for n in fields if fields[n] is None}
+    assert row["source"].strip()
+
+    (kind,) = kinds_asked_for(METHODS[method])
+    if row["dataset"] == "family":
+        assert model == "tiny"
+        assert next(common._raw_rows("family", "train", kind))[1]
+    else:
+        assert {*sources.RICHER[kind]} & published.DATASETS[row["dataset"]].keys()
+        assert sources.find_named(row["dataset"], kind).source.repo
+
+    args = module.Args(model=model)
+    origin, _ = common.fill_in(args, module.SETTINGS)
+    common.check_shared(args)
+    assert {name for name, where in origin.items() if where == "command line"} <= {"model"}
+    assert args.batch_size % args.micro_batch_size == 0
+    assert (args.lora_rank or 0) == row.get("lora_rank", 0)
 
 
 def test_short_names_of_models():

@@ -8,8 +8,11 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, make_tokenizer, pair_rows, run_script, write_jsonl
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import (
     AddedToken,
     Regex,
@@ -49,7 +52,8 @@ def as_loaded(tokenizer):
 def load(rows: list[dict] | Path, tokenizer, kind: str = "pair", most=(60, 40), **more):
     """The training rows; none is held out."""
     file = rows if isinstance(rows, Path) else write_jsonl(Path("rows.jsonl"), rows)
-    few = write_jsonl(Path("few.jsonl"), pair_rows(1, seed=9))
+    few = [row | {"target": " a"} for row in pair_rows(1, seed=9)]
+    few = write_jsonl(Path("few.jsonl"), few)
     return common.load_rows(str(file), str(few), kind, tokenizer, *most, **more)[0]
 
 
@@ -143,7 +147,7 @@ def test_no_text_is_tokenised_twice_in_a_chunk(monkeypatch):
     ranked = {"prompt": "a", "responses": ["b", "c", "d", "e"], "scores": [4, 3, 2, 1]}
     few = common._read(  # noqa: SLF001
         str(write_jsonl(Path("r.jsonl"), [ranked])), "train", "pair",
-        as_loaded(make_tokenizer("bos")), (60, 40), "all", False, False, None,
+        as_loaded(make_tokenizer("bos")), (60, 40), "all", False, False, None, False,
     )  # fmt: skip
     assert len(few) == 6 and sorted(seen) == ["a", "b", "c", "d", "e"]
 
@@ -429,7 +433,7 @@ def test_rows_and_report_come_back_from_where_they_were_kept(more, monkeypatch, 
     monkeypatch.setattr(common, "_own_test_split", lambda *_: None)
     file = rows if isinstance(rows, Path) else Path("rows.jsonl")
     kind = more.pop("kind", "pair")
-    monkeypatch.setattr(common, "_choose", lambda rows, most, _: ([], rows))
+    monkeypatch.setattr(common, "_choose", lambda rows, most, *_: ([], rows))
     again, _ = common.load_rows(str(file), None, kind, tokenizer, 60, 40, **more)
     assert ids_of(again) == ids_of(first)
     assert again.digest() == first.digest()
@@ -437,6 +441,124 @@ def test_rows_and_report_come_back_from_where_they_were_kept(more, monkeypatch, 
     both = [line for line in both if not line.startswith("held out")]
     assert both == report[: len(both)] and len(both) == 3
     assert how == f"tokens     from {kept()[0]}"
+
+
+def ranked_rows(n: int) -> list[dict]:
+    """Lists of two to five answers, some scores alike, in no order."""
+    rng, rows = random.Random(4), []
+    for i, row in enumerate(pair_rows(n)):
+        responses = [f" {word} {i}" for word in "one two three four five".split()[: 2 + i % 4]]
+        scores = [round(rng.uniform(-1, 1), 1) / 3 for _ in responses]
+        scores[-1] = 2.0
+        rows.append({"prompt": row["prompt"], "responses": responses, "scores": scores})
+    return rows
+
+
+SCORED = {
+    "labels": ("labelled", lambda: [labelled(row, i) for i, row in enumerate(pair_rows(40))], {}),
+    "pairs as labels": ("labelled", lambda: pair_rows(40), {}),
+    "lists as labels": ("labelled", lambda: ranked_rows(40), {}),
+    "lists": ("ranked", lambda: ranked_rows(40), {}),
+    "pairs as lists": ("ranked", lambda: pair_rows(40), {}),
+    "pairs and targets": (
+        "pair", lambda: [row | {"target": " a"} for row in pair_rows(40)], {"targets": True}
+    ),
+}  # fmt: skip
+
+
+def labelled(row: dict, i: int) -> dict:
+    return {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 == 0}
+
+
+def scores_of(rows: common.Rows) -> list[list[float] | None]:
+    return [None if row.scores is None else row.scores.tolist() for row in rows.rows]
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_scores_and_targets_come_back_too(name, monkeypatch, capsys):
+    kind, rows, more = SCORED[name]
+    tokenizer = as_loaded(make_tokenizer("bos"))
+    monkeypatch.setattr(common, "_own_test_split", lambda *_: None)
+    monkeypatch.setattr(common, "_choose", lambda rows, most, *_: ([], rows))
+
+    def read() -> common.Rows:
+        return common.load_rows("rows.jsonl", None, kind, tokenizer, 60, 40, **more)[0]
+
+    write_jsonl(Path("rows.jsonl"), rows())
+    first = read()
+    report, how = lines(capsys.readouterr().out)
+    assert "by tiktoken" in how and len(kept()) == 1
+    monkeypatch.setattr(common, "_texts", None)  # nothing is tokenised again
+    again = read()
+    both, how = lines(capsys.readouterr().out)
+    assert how == f"tokens     from {kept()[0]}" and both == report
+    assert ids_of(again) == ids_of(first)
+    assert scores_of(again) == scores_of(first) and again.digest() == first.digest()
+    if kind == "pair":
+        assert scores_of(first) == [None] * 40
+        assert {len(row.responses) for row in first.rows} == {3}
+    else:
+        assert all(row.scores.dtype == float for row in again.rows)
+    if name == "lists":
+        assert scores_of(again) == [sorted(row["scores"], reverse=True) for row in rows()]
+    if name == "labels":
+        assert scores_of(again) == [[float(row["label"])] for row in rows()]
+
+
+def test_a_score_a_label_and_a_target_give_another_key_and_digest():
+    lists, labels = ranked_rows(40), [labelled(row, i) for i, row in enumerate(ROWS)]
+    target = [row | {"target": " a"} for row in ROWS]
+    pairs = {
+        "a score": (lists, [*lists[:-1], lists[-1] | {"scores": [9, 8, 7, 6, 5]}], "ranked"),
+        "a label": (labels, [*labels[:-1], labels[-1] | {"label": not labels[-1]["label"]}],
+                    "labelled"),
+        "a target": (target, [*target[:-1], target[-1] | {"target": " b"}], "pair"),
+    }  # fmt: skip
+    for name, (one, other, kind) in pairs.items():
+        more = {"targets": True} if name == "a target" else {}
+        seen = set(kept())
+        digests = [load(rows, chat(), kind, **more).digest() for rows in (one, other, one)]
+        assert digests[0] == digests[2] != digests[1], name
+        assert len(set(kept()) - seen) == 2, name
+    seen = set(kept())
+    without = load(target, chat())
+    assert len(set(kept()) - seen) == 1 and len(without.rows[0].responses) == 2
+
+
+def test_a_file_of_another_layout_is_made_again(capsys):
+    """As files were before rows had scores: whole by its own digest, two numbers a row."""
+    tokenizer = as_loaded(make_tokenizer("bos"))
+    first = load(ROWS, tokenizer)
+    (file,) = kept()
+    with safe_open(file, "pt") as saved:
+        tensors = {name: saved.get_tensor(name) for name in ("ids", "lengths", "rows")}
+        facts = saved.metadata()["facts"]
+    tensors["rows"] = tensors["rows"].view(-1, 3)[:, :2].flatten()
+    sha256 = tokenising.digest(tensors, facts)
+    save_file(tensors, file, {"facts": facts, "sha256": sha256})
+    capsys.readouterr()
+    assert ids_of(load(ROWS, tokenizer)) == ids_of(first)
+    _, how = lines(capsys.readouterr().out)
+    assert how.count("is damaged (") == 1 and "scores" in how
+    assert "so they are made again" in how and "by tiktoken" in how
+    assert ids_of(tokenising.load(file)) == ids_of(first)
+
+
+def test_rows_without_scores_stand_beside_rows_with(tmp_path):
+    """Whatever a method may come to keep: each row gets its own back."""
+    ids = lambda *n: np.array(n, np.int32)  # noqa: E731
+    rows = [
+        common.Row(ids(1, 2), [ids(3), ids(4, 5)], ids(1), np.array([2.5, -1.0])),
+        common.Row(ids(1), [ids(3)], ids(1)),
+        common.Row(ids(6), [ids(3), ids(4), ids(5)], ids(6), np.array([1e-300, 0.0, -1e300])),
+        common.Row(ids(7), [ids(8)], ids(7), np.array([1.0])),
+    ]
+    found = common.Found(rows, common.Counter(read=4), [], "ranked")
+    assert tokenising.save(tmp_path / "tokens", found)
+    again = tokenising.load(tmp_path / "tokens")
+    assert (again.counts, again.bad, again.kind) == (found.counts, [], "ranked")
+    assert ids_of(again) == ids_of(found) and scores_of(again) == scores_of(found)
+    assert common.Rows("", again.rows).digest() == common.Rows("", rows).digest()
 
 
 def chat(template_end: str = ""):
@@ -586,11 +708,11 @@ def late_mistake(*asked):
             raise common.UserError("row 35 cannot be read")
         yield row
 
-def load(name, file="rows.jsonl", **more):
+def load(name, file="rows.jsonl", kind="pair", **more):
     texts.clear()
     try:
         rows = common._read(
-            file, "train", "pair", tokenizer, (60, 40), "all", False, False, **more
+            file, "train", kind, tokenizer, (60, 40), "all", False, False, targets=False, **more
         )
         told[name] = [len(texts), rows.digest()]
     except common.UserError as error:
@@ -601,6 +723,7 @@ load("kept", cache_dir="cache")
 load("no disk", cache_dir="rows.jsonl/cache")
 load("bad rows", file="bad.jsonl", cache_dir="cache")
 load("few", file="few.jsonl", cache_dir="cache")
+load("labels", kind="labelled", cache_dir="cache")
 common._raw_rows = late_mistake
 load("late", cache_dir="other")
 open(f"told-{{rank}}.json", "w").write(json.dumps(told))
@@ -625,10 +748,12 @@ def test_one_process_tokenises_and_a_mistake_is_one_of_all(tmp_path):
     assert main["kept"][0] == other["kept"][0] == 0
     assert main["no disk"][0] == other["no disk"][0] > 0
     assert main["few"][0] == other["few"][0] == 15
+    assert main["labels"][0] > 0 and other["labels"][0] == 0
+    assert main["labels"][1] == load(ROWS, as_loaded(make_tokenizer("bos")), "labelled").digest()
     assert main["bad rows"][1].startswith("5 of 40 rows of bad.jsonl cannot be used")
     assert main["bad rows"][0] > 0 and other["bad rows"][0] == 0
     assert main["late"][1] == "row 35 cannot be read" and other["late"][0] == 0
-    assert out.count("tokens     by tiktoken") == 2 and out.count("tokens     from ") == 1
+    assert out.count("tokens     by tiktoken") == 3 and out.count("tokens     from ") == 1
 
 
 @pytest.mark.slow

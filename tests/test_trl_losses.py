@@ -35,7 +35,7 @@ REJECTED = (7, 2, 5, 6, 1, 3)
 
 
 def answers(generator: torch.Generator, lengths: tuple[int, ...], longest: int) -> dict:
-    """As TRL's collator gives them: prompt and answer, padded; labels are -100 but in the answer."""
+    """As TRL collates: prompt, answer, padding; labels are -100 but in the answer."""
     ids = torch.zeros(len(lengths), longest, dtype=torch.long)
     labels = torch.full_like(ids, -100)
     for b, (prompt, answer) in enumerate(zip(PROMPTS, lengths, strict=True)):
@@ -82,7 +82,7 @@ def cpo_of_trl(batch: dict, logits: Tensor, **knobs) -> tuple[Tensor, dict]:
     return trainer.get_batch_loss_metrics(lambda *_, **__: SimpleNamespace(logits=logits), batch)
 
 
-@pytest.mark.parametrize("scale", (0.3, 2.0, 8.0))  # the last: losses of 0 and of hundreds
+@pytest.mark.parametrize("scale", (0.3, 2.0, 8.0))  # of logits; 8: losses from 0 to 243
 @pytest.mark.parametrize("weight", (0.0, 0.4, 1.0))
 @pytest.mark.parametrize("beta", (0.1, 2.0))
 @pytest.mark.parametrize("ratio", (None, 0.0, 0.55))  # None: CPO, else SimPO's gamma / beta
@@ -105,9 +105,9 @@ def test_pairwise(ratio, beta, weight, scale):
     close(torch.autograd.grad(losses.mean(), logits)[0], slope)
     assert slope.abs().max() > 1e-3
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
-        assert float(metrics[name].mean()) == pytest.approx(logged[name], rel=1e-12), name
+        assert metrics[name].mean().item() == pytest.approx(logged[name], rel=1e-12), name
     if weight:  # without, TRL logs 0
-        assert float(metrics["nll_loss"].mean()) == pytest.approx(logged["nll_loss"], rel=1e-12)
+        assert metrics["nll_loss"].mean().item() == pytest.approx(logged["nll_loss"], rel=1e-12)
 
 
 # -- KTO
@@ -187,7 +187,7 @@ def test_kto(beta, weights, labels, drift):
     assert of_others is None  # z0 is a constant
     assert slope.abs().max() > 1e-4
 
-    assert max(0.0, float(kl.detach())) == pytest.approx(logged.pop("kl"), rel=1e-12, abs=1e-12)
+    assert max(0.0, kl.item()) == pytest.approx(logged.pop("kl"), rel=1e-12, abs=1e-12)
     if drift:
         assert (kl > 0) == (drift > 0)
     # TRL logs neither where a batch has no such answer; our weight of it is 0 then.
@@ -195,5 +195,5 @@ def test_kto(beta, weights, labels, drift):
         values, counts = metrics[name]
         assert (name in logged) == bool(counts.sum() > 0)
         if name in logged:
-            mean = float(values.detach().sum() / counts.sum())
+            mean = values.sum().item() / counts.sum().item()
             assert mean == pytest.approx(logged[name], rel=1e-12), name
