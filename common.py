@@ -1004,9 +1004,14 @@ class Rows:
     rows: list[Row]
     ref_logps: Tensor | None = None  # (N, K) float64, NaN where not computed
     apart: bool = False  # a row's responses go through the model in passes of their own
+    tail: int = 0  # tokens of a prompt that stay however it is cut; 0: all
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def question(self, i: int) -> bytes:
+        """The same for a prompt that was cut and for the same one that was not."""
+        return self.rows[i].prompt[-self.tail :].tobytes()
 
     def digest(self) -> str:
         """Of all token ids and scores: other rows, tokenizer, template or lengths give another
@@ -1050,12 +1055,12 @@ def load_rows(
     elif own_test := _own_test_split(dataset, kind):
         held_out = _read(own_test, "test", *how)
         if len(held_out) > HELD_OUT_ROWS:  # TL;DR has as many as for training
-            held_out.rows, _ = _choose(held_out.rows, HELD_OUT_ROWS, tokenizer)
+            held_out.rows, _ = _choose(held_out.rows, HELD_OUT_ROWS, tokenizer, held_out.tail)
             say("held out", f"{len(held_out):,} of them (--eval-dataset names all or others)")
     else:
         most = min(512, len(train) // 20)
-        chosen, train.rows = _choose(train.rows, most, tokenizer)
-        held_out = Rows(train.name, chosen)
+        chosen, train.rows = _choose(train.rows, most, tokenizer, train.tail)
+        held_out = Rows(train.name, chosen, tail=train.tail)
         say("held out", f"{len(held_out):,} of these rows (--eval-dataset names others)")
     return train, held_out
 
@@ -1069,12 +1074,12 @@ def _own_test_split(dataset: str, kind: str) -> str | None:
     return from_main(lambda: {"name": sources.test_split(dataset, kind)})["name"]
 
 
-def _choose(rows: list[Row], most: int, tokenizer) -> tuple[list[Row], list[Row]]:
+def _choose(rows: list[Row], most: int, tokenizer, tail: int) -> tuple[list[Row], list[Row]]:
     """So many and the others, chosen by a hash of what is asked (of a text, which asks nothing, by
     its own): all rows of a prompt are on one side.
     """
     asks = len(tokenizer.bos)
-    keys = [row.ask if len(row.ask) > asks else row.responses[0] for row in rows]
+    keys = [row.ask[-tail:] if len(row.ask) > asks else row.responses[0] for row in rows]
     scored = [hashlib.sha256(key.tobytes()).digest()[:8] for key in keys]
     border = sorted(scored)[most] if most else b""
     chosen = [row for row, score in zip(rows, scored, strict=True) if score < border]
@@ -1132,7 +1137,7 @@ def _read(
             f"{dataset}: no usable row ({counts['read']:,} read, {len(bad):,} of them bad)"
         )
     _report(dataset, split, kind, pairs, found, how, tokenizer)
-    return Rows(dataset, found.rows)
+    return Rows(dataset, found.rows, tail=cut[1] - 1)  # without BOS, which a cut prompt has again
 
 
 class Fits:
@@ -1183,12 +1188,18 @@ def _find(raws, kind, pairs, targets, tokenizer, cut, prompt_too, encode: Encode
                 for record in records:
                     row = _tokenise(record, ids, tokenizer, cut, prompt_too, found.counts)
                     if row is not None:
-                        found.rows.append(row)
+                        found.rows += _taken_apart(row) if kind == "labelled" else [row]
                 if reason is not None:
                     raise reason
             except BadRow as why:
                 found.bad.append(f"{where}: {why}")
     return found
+
+
+def _taken_apart(row: Row) -> list[Row]:
+    """Cut and compared together, so that both answers have the same prompt and are not the same."""
+    many = range(len(row.responses))
+    return [Row(row.prompt, [row.responses[k]], row.ask, row.scores[k : k + 1]) for k in many]
 
 
 def _texts_of(
@@ -1311,12 +1322,12 @@ def _records(
         yield Record(_prompt(raw), [completion], scores)
     elif found == "pair":
         pair = _pair(raw)
-        if kind == "ranked":
+        if kind in ("ranked", "labelled"):
             yield Record(pair.prompt, pair.responses, [1.0, 0.0])
-        elif kind == "labelled":
-            for response, label in zip(pair.responses, (1.0, 0.0), strict=True):
-                yield Record(pair.prompt, [response], [label])
         else:
+            if target and isinstance(pair.prompt, list):  # a whole dialogue, as the pair's may be
+                shared = len(pair.prompt) * (target[0][: len(pair.prompt)] == pair.prompt)
+                target = [target[0][shared:]]
             wanted = pair.responses + target if kind == "pair" else pair.responses[:1]
             yield Record(pair.prompt, wanted)
     elif found == "ranked":
@@ -1329,8 +1340,7 @@ def _records(
         elif kind == "ranked":
             yield Record(prompt, responses, scores)
         elif kind == "labelled":
-            yield Record(prompt, responses[:1], [1.0])
-            yield Record(prompt, responses[-1:], [0.0])
+            yield Record(prompt, [responses[0], responses[-1]], [1.0, 0.0])
         else:
             chosen = {  # distinct texts: a policy often gives the same answer twice
                 "best-worst": [(ranked[0], ranked[-1])],
@@ -1428,7 +1438,8 @@ def _ranked(raw: dict) -> tuple[str | list[dict], list[tuple[float, Any]]]:
     if len(responses) != len(scores) or not responses:
         raise BadRow(f"{len(responses)} responses but {len(scores)} scores")
     for score in scores:
-        if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
+        number = isinstance(score, int | float) and not isinstance(score, bool)
+        if not number or not abs(score) <= sys.float_info.max:
             raise BadRow(f"a score must be a finite number, this is {score!r}")
     ranked = sorted(zip(scores, responses, strict=True), key=lambda pair: -pair[0])
     distinct: dict[str, tuple[float, Any]] = {}
@@ -1501,9 +1512,10 @@ def _tokenise(
     if scores and len(responses) > 1:  # of those that cutting made equal, the best stays
         first = {tuple(r): i for i, r in reversed(list(enumerate(responses)))}
         kept = sorted(first.values())
-        counts["responses equal after cutting"] += len(responses) - len(kept)
+        lost = len(responses) - len(kept)
         responses, scores = [responses[i] for i in kept], [scores[i] for i in kept]
         told_apart = scores[0] > scores[-1]
+        counts["responses equal after cutting"] += lost * told_apart
     else:
         told_apart = len(responses) < 2 or responses[0] != responses[1]
     if not told_apart:
@@ -1562,7 +1574,11 @@ def _report(dataset, split, kind, pairs, found: Found, how: str, tokenizer) -> N
     if kind == "ranked":
         sizes = [len(row.responses) for row in rows]
         most = max(sizes)
-        became += f", of {most} responses" if min(sizes) == most else f", of 2 to {most} responses"
+        became += (
+            f", of {most} responses"
+            if min(sizes) == most
+            else f", of {min(sizes)} to {most} responses"
+        )
     lost = [
         f"{n:,} {what}"
         for what, n in counts.items()
@@ -1933,7 +1949,8 @@ class Micro:
     mean_length: float = 0.0
 
     def column(self, k: int) -> Micro:
-        """The k-th responses alone, of rows in the plain layout."""
+        """The k-th responses alone, of rows in the plain layout (Rows.apart)."""
+        assert self.segments is None
         batch, many, longest = self.shape
         line, at = self.picked // self.input_ids.shape[1], self.picked % self.input_ids.shape[1]
         own = line % many == k

@@ -148,24 +148,25 @@ def add_mismatched(rows: common.Rows, givers: common.Rows, seed: int, max_length
     All rows stand in a circle, in a random order but with equal prompts side by side, and each looks on by as many places
     as the largest such group has: for `givers` themselves that is a permutation, unless a prompt has more than half of them.
     """
-    draws = np.random.default_rng([seed, 1]).permutation(len(givers))
+    draws = np.random.default_rng([seed, 0, 1]).permutation(len(givers))  # epochs are [seed, epoch]
     groups: dict[bytes, list[int]] = {}
     for i in draws:
-        groups.setdefault(givers.rows[i].prompt.tobytes(), []).append(i)
+        groups.setdefault(givers.question(i), []).append(i)
     circle = [i for group in groups.values() for i in group]
     answers = [givers.rows[i].responses[0] for i in circle]  # before any row has a second one
-    prompts = [givers.rows[i].prompt.tobytes() for i in circle]
+    first = dict(zip(groups, np.cumsum([0, *map(len, groups.values())]), strict=False))
     place = {i: at for at, i in enumerate(circle)}
     step = max(map(len, groups.values()))
     for i, row in enumerate(rows.rows):
-        at = (place.get(i, i) + step) % len(circle)
-        own = row.prompt.tobytes()
-        if len(groups) == 1 and own in groups:
+        own = rows.question(i)
+        start, many = int(first.get(own, 0)), len(groups.get(own, ()))  # where its group stands
+        if many == len(circle):
             raise common.UserError(
                 "all rows have the same prompt, and KTO's z0 needs an answer to another one"
             )
-        while prompts[at] == own:
-            at = (at + 1) % len(circle)
+        # So many places behind its group, round the circle without the group.
+        ahead = (place[i] - start if rows is givers else i) + step - many
+        at = (start + many + ahead % (len(circle) - many)) % len(circle)
         row.responses = [row.responses[0], answers[at][: max_length - len(row.prompt)]]
     rows.apart = True  # y and y' go through the model in passes of their own
 

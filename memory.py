@@ -440,11 +440,13 @@ def largest_micro(run: common.Run, train: common.Rows, most: int = 20_000_000) -
     """Rows: those with the longest one among the first steps, and in front the longest of all,
     which comes some day.
     """
+    # Taken apart, what is long is a pass, not a row.
+    lengths = [row.length() for row in train.rows] if train.apart else run.lengths
     steps = min(run.total_steps, max(1, most // len(train)))  # each shuffles all rows
     micros = (micro for step in range(steps) for micro in run.step_rows(step))
-    widest = max(micros, key=lambda micro: max(run.lengths[i] for i in micro))
-    longest = int(np.argmax(run.lengths))
-    widest = sorted(widest, key=lambda i: -run.lengths[i])
+    widest = max(micros, key=lambda micro: max(lengths[i] for i in micro))
+    longest = int(np.argmax(lengths))
+    widest = sorted(widest, key=lambda i: -lengths[i])
     widest = widest if longest in widest else [longest, *widest[: len(widest) - 1]]
     rows = [train.rows[i] for i in widest]
     if train.apart:  # one response at a time

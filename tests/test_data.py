@@ -464,9 +464,10 @@ def test_what_labels_and_lists_cannot_be_made_of(name, tokenizers):
     assert str(error.value).endswith(f"\n  rows.jsonl:1: {reason}")
 
 
-def test_a_score_beyond_64_bits_is_a_number_or_a_bad_row(tokenizers):
+@pytest.mark.parametrize("score", [10**25, 10**400], ids=["26 digits", "401 digits"])
+def test_a_score_beyond_64_bits_is_a_number_or_a_bad_row(score, tokenizers):
     """JSON has integers of any length; none of them may end in a traceback."""
-    raw = RANKED | {"scores": [10**25, 1, 2, 3]}
+    raw = RANKED | {"scores": [score, 1, 2, 3]}
     try:
         rows = load([raw], tokenizers("bos"), "ranked")
     except common.UserError as error:
