@@ -642,6 +642,11 @@ class Run(Processes):
         every = [n for n in (self.args.eval_every, self.args.sample_every) if n]
         return self.step == 0 or any(self.step % n == 0 for n in every)
 
+    @property
+    def held_out_due(self) -> bool:
+        every = self.args.eval_every
+        return self.step in (0, self.total_steps) or bool(every and self.step % every == 0)
+
     def evaluate(
         self,
         losses_of: Callable[[Micro], tuple[Tensor, dict]],
@@ -653,7 +658,7 @@ class Run(Processes):
         the end too.
         """
         ends, args = self.step in (0, self.total_steps), self.args
-        if len(held_out) and (ends or (args.eval_every and self.step % args.eval_every == 0)):
+        if len(held_out) and self.held_out_due:
             (training, self.sums), mean = (self.sums, {}), mean_length(held_out.rows)
             with torch.no_grad():
                 for indexes, mine in self.share(self.held_out_rows(held_out), "held-out rows"):
@@ -1963,6 +1968,7 @@ class Micro:
             shape=(batch, 1, longest),
             lengths=self.lengths[:, k : k + 1],
             ref_logps=None if self.ref_logps is None else self.ref_logps[:, k : k + 1],
+            scores=self.scores[:, k : k + 1],
         )
 
 

@@ -2,25 +2,30 @@
 
     L = - E_(x, y_w, y_l) [ log sigmoid( beta log pi(y_w|x)  -  beta log pi(y_l|x) ) ]  +  nll_weight * NLL(y_w)
 
-DPO's loss with a uniform reference model, which cancels: no second model, and no pass to ask it. Nothing then says how
-far the policy may drift, so the second term keeps it writing what was preferred: NLL is the mean over target tokens of
--log pi(token | everything before it), on the chosen answers. The paper takes the two terms with equal weight.
+DPO's loss with a uniform reference model, which cancels: no second model, and no second forward pass. Nothing then says how
+far the policy may drift, so the second term keeps it writing what was preferred: NLL is the mean over response tokens of
+-log pi(token | everything before it), on the chosen answers. The paper gives the two terms equal weight.
 
     paper                    here
     x, y_w, y_l              a row: the prompt, its first response (chosen), its second (rejected)
     log pi(y|x)              chosen_logps, rejected_logps: sums over response tokens, end-of-sequence included
-    NLL(y_w)                 nll: -chosen_logps over mean_length, the mean number of tokens of the step's chosen answers
+    NLL(y_w)                 nll: -chosen_logps divided by mean_length, the mean number of tokens of a chosen answer
+    E                        mean over the pairs of a step, on all processes
 
 Options and departures
 1. The paper writes NLL as -log pi(y_w|x), a sum; its code takes the mean over tokens, and so do we. The mean is over all
    chosen tokens of the optimizer step: a mean of micro-batch means would give a short answer's tokens more weight.
-2. The paper trained adapters on ALMA-13B, our `alma-13b`; weight decay was 0.01 (--weight-decay 0.01).
+2. The paper went on training ALMA-13B's own adapters, of rank 16 on down_proj alone, with weight decay 0.01. The row
+   alma-13b makes new ones on every linear layer; add --weight-decay 0.01, which a row cannot set.
+3. `tiny` weighs NLL with 0.05: with 1 it learns to imitate noisy choices before it learns from what they were chosen over.
 
-Healthy: rewards/accuracies rises from what the model already prefers; nll_loss stays near its start. A rising nll_loss,
-with both logps falling, is drift: raise --nll-weight, lower --lr. The sums make long answers weigh more in the first term.
+Healthy: rewards/accuracies begins at the share of pairs that the model ranks right already (`tiny`: 0.61) and rises; margins
+rise. nll_loss falls a little or stays. If it rises, the policy drifts: raise --nll-weight, lower --lr. A long answer has a
+large sum, and so a large say in the first term.
 
-    python cpo.py                                                       # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 cpo.py --model gemma-2-2b               # after sft.py: --model runs/sft-...
+    python cpo.py                                                           # the embedded task, on a laptop
+    torchrun --nproc_per_node=4 cpo.py --model runs/sft-model-gemma-2-2b    # after sft.py --model gemma-2-2b
+    python cpo.py --model runs/sft-... --dataset rows.jsonl                 # {"prompt", "chosen", "rejected"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
@@ -33,17 +38,18 @@ from torch import Tensor
 
 import common
 
-# What a flag that was left out becomes, by model, and where the numbers are from (micro-batches are
-# ours). A model without a row takes the first one after `tiny`, and the run says so.
-THESIS = {  # 64 of "64 to 128"
+# What a flag that was left out becomes, and where the numbers are from (micro-batches are ours): by
+# the last part of the model's name, in small letters; a folder that a run of ours saved has the row of
+# the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
+THESIS = {  # a batch of 64 to 128
     "beta": 0.1, "nll_weight": 1.0, "lr": 1e-7, "batch_size": 64, "micro_batch_size": 4, "epochs": 3.0,
     "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "rmsprop", "max_grad_norm": 1.0,
-    "max_length": 2048, "max_prompt_length": 1024, "dataset": "mt-pref",
+    "max_length": 2048, "max_prompt_length": 1024, "dataset": "tldr",
     "source": "the MSc thesis at github.com/martimfasantos/MSc-Thesis",
 }  # fmt: skip
 SETTINGS = {
     "tiny": {
-        "beta": 0.3, "nll_weight": 1.0, "lr": 2e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
+        "beta": 0.1, "nll_weight": 0.05, "lr": 6e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
         "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
         "max_length": 160, "max_prompt_length": 128, "dataset": "family", "source": "tuned here",
     },
@@ -72,8 +78,8 @@ class Args:
     max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
     max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
     # Optimization
-    batch_size: int | None = None  # prompts per optimizer step, over all processes; default: SETTINGS
-    micro_batch_size: int | None = None  # prompts per forward pass and process; default: the largest that fits SETTINGS
+    batch_size: int | None = None  # rows (a prompt and its responses) per optimizer step, over all processes; default: SETTINGS
+    micro_batch_size: int | None = None  # rows per forward pass and process; default: the largest that fits SETTINGS
     epochs: float | None = None  # passes over the rows; default: SETTINGS
     max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
     lr: float | None = None  # peak learning rate; default: SETTINGS
@@ -98,7 +104,7 @@ class Args:
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_last: int = 1  # checkpoints kept
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens and reference log-probs are kept for the next run; default: runs/.cache
+    cache_dir: str | None = None  # where tokens (and log-probs of a reference) are kept for the next run; default: runs/.cache
     track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
     seed: int = 0  # of the order of rows, and of whatever is sampled
     deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
@@ -108,7 +114,7 @@ class Args:
 def cpo_loss(
     chosen_logps: Tensor,  # (B,) log pi(y_w | x), summed over response tokens
     rejected_logps: Tensor,  # (B,) log pi(y_l | x)
-    mean_length: float,  # tokens of a chosen answer, mean over the whole step
+    mean_length: float,  # tokens of a chosen answer, mean over the whole step (or all held-out rows)
     beta: float,
     nll_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -12,6 +12,7 @@ has to move (about 1/beta nats) before a pair counts as learnt, so a small beta 
     log pi(y|x)              chosen_logps, rejected_logps: sums over response tokens, end-of-sequence included
     log ref(y|x)             ref_chosen_logps, ref_rejected_logps
     beta log pi(y|x)/ref     chosen_rewards, rejected_rewards: the implicit reward
+    E                        mean over the pairs of a step, on all processes
 
 Options and departures
 1. --label-smoothing e (cDPO: Mitchell, "A note on DPO with noisy preferences", 2023): each label is taken to be wrong
@@ -19,14 +20,14 @@ Options and departures
 2. --gamma (DPO-gamma): a target margin, log sigmoid(reward difference - gamma), as in SimPO's eq. 5. 0 is the paper.
 3. The paper keeps the reference model in memory. Here it is asked once, before the first step, for the log-probs that
    the run will use: the same numbers, one forward pass in the loop instead of two, and no second model.
-4. The paper's optimizer is RMSprop (--optimizer rmsprop); `tiny` uses AdamW.
 
-Healthy: the loss starts at ln 2 = 0.6931 (at gamma 0) and ends between 0.3 and 0.65; rewards/accuracies rise from 0 (no
-margin yet) to 0.6-0.8; rewards/margins rise. logps/chosen usually falls too, less than logps/rejected: that is normal.
-Falling greedy quality or growing length with a loss near 0 is over-optimisation: raise beta, lower --lr.
+Healthy: the loss starts at ln 2 = 0.6931 (at gamma 0) and ends between 0.3 and 0.65; rewards/accuracies rises from 0 (no
+margin yet) to 0.6-0.8. logps/chosen usually falls too, less than logps/rejected: that is normal. Falling greedy quality
+or growing length with a loss near 0 is over-optimisation: raise beta, lower --lr.
 
-    python dpo.py                                                       # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 dpo.py --model gemma-2-2b               # after sft.py: --model runs/sft-...
+    python dpo.py                                                           # the embedded task, on a laptop
+    torchrun --nproc_per_node=4 dpo.py --model runs/sft-model-gemma-2-2b    # after sft.py --model gemma-2-2b
+    python dpo.py --model runs/sft-... --dataset rows.jsonl                 # {"prompt", "chosen", "rejected"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
@@ -39,9 +40,10 @@ from torch import Tensor
 
 import common
 
-# What a flag that was left out becomes, by model, and where the numbers are from (micro-batches are
-# ours). A model without a row takes the first one after `tiny`, and the run says so.
-THESIS = {  # 64 of "64 to 128"
+# What a flag that was left out becomes, and where the numbers are from (micro-batches are ours): by
+# the last part of the model's name, in small letters; a folder that a run of ours saved has the row of
+# the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
+THESIS = {  # a batch of 64 to 128
     "beta": 0.1, "lr": 1e-7, "batch_size": 64, "micro_batch_size": 4, "epochs": 3.0,
     "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "rmsprop", "max_grad_norm": 1.0,
     "max_length": 2048, "max_prompt_length": 1024, "dataset": "tldr",
@@ -82,8 +84,8 @@ class Args:
     max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
     max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
     # Optimization
-    batch_size: int | None = None  # prompts per optimizer step, over all processes; default: SETTINGS
-    micro_batch_size: int | None = None  # prompts per forward pass and process; default: the largest that fits SETTINGS
+    batch_size: int | None = None  # rows (a prompt and its responses) per optimizer step, over all processes; default: SETTINGS
+    micro_batch_size: int | None = None  # rows per forward pass and process; default: the largest that fits SETTINGS
     epochs: float | None = None  # passes over the rows; default: SETTINGS
     max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
     lr: float | None = None  # peak learning rate; default: SETTINGS
@@ -108,7 +110,7 @@ class Args:
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_last: int = 1  # checkpoints kept
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens and reference log-probs are kept for the next run; default: runs/.cache
+    cache_dir: str | None = None  # where tokens (and log-probs of a reference) are kept for the next run; default: runs/.cache
     track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
     seed: int = 0  # of the order of rows, and of whatever is sampled
     deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)

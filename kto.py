@@ -4,9 +4,10 @@
     v   = lambda_D sigmoid( beta (r - z0) )  if y is desirable,   lambda_U sigmoid( beta (z0 - r) )  if it is not
     r   = log pi(y|x)/ref(y|x),      z0 = max(0, mean over the batch of log pi(y'|x)/ref(y'|x)),  y' from another prompt
 
-No pairs: an answer is known to be desirable or not. People weigh gains and losses against a reference point, with less
-and less feeling for more of either; z0 is that point, an estimate of the KL from ref to pi. The sigmoid is bounded, so
-very good and very bad answers no longer pull, which makes the loss robust to wrong labels. beta: how fast that happens.
+No pairs: an answer is known to be desirable or not. People judge what they get against a reference point, and feel each
+further gain or loss less. z0 is that point: KL(pi || ref), estimated on answers y' to other prompts. They are not drawn
+from pi, so the estimate may be negative, and is clamped. An answer whose r is far above or far below z0 hardly pulls any
+more: wrong labels are given up, and so are answers that are merely hard. beta says how fast that happens.
 
     paper                    here
     x, y                     a row: the prompt, its first response; y' is the second response of the same row
@@ -14,22 +15,29 @@ very good and very bad answers no longer pull, which makes the loss robust to wr
     r                        log_ratios: sums over response tokens, end-of-sequence included
     z0                       z0; `kl` is the mean before it is clamped
     lambda_D, lambda_U       desirable_weight, undesirable_weight; lambda_y is that of y
+    E                        mean over the rows (answers) of a step, on all processes
 
 Options and departures
-1. z0 is a constant to the optimizer: no gradient flows through it. It is the mean over the whole optimizer step, over all
-   processes and micro-batches, clamped after: so a step asks for log pi(y'|x) first, in a pass without gradients, and
-   then for log pi(y|x). Trainers that take the mean of a micro-batch have a noisier z0, that depends on how it is split.
-2. y' is fixed once for all epochs: a seeded permutation of the rows that pairs no prompt with an answer to itself. The
-   authors' code shifts the answers within a micro-batch. Held-out rows take theirs from the training rows.
+1. z0 is a constant to the optimizer: no gradient flows through it. It is the mean over the whole optimizer step, on all
+   processes and micro-batches, clamped after. So a step asks for log pi(y'|x) first, in a pass without gradients, and then
+   for log pi(y|x): each has the model to itself, and --share-prompt does nothing here. Trainers that take the mean of a
+   micro-batch save nothing but have a noisier z0, which depends on how the step is split.
+2. y' is fixed once for all epochs, by a seeded permutation of the training rows (where no prompt has more than half of
+   them) that pairs no prompt with an answer to itself; it is cut to the room there is. The authors' code shifts the answers
+   within a micro-batch. Held-out rows take theirs from training rows.
 3. Weights: the paper wants lambda_D n_D / (lambda_U n_U) between 1 and 4/3 (later 3/2), where n_D desirable and n_U
-   undesirable rows are given: one desirable in ten needs --desirable-weight 9 to 13. The run prints the ratio.
-4. Pairs are taken apart into a desirable and an undesirable answer, ranked lists into their best and worst.
+   undesirable rows are given: one desirable in ten needs --desirable-weight 9 to 13.5. The run prints the ratio.
+4. Pairs are taken apart into a desirable and an undesirable answer, ranked lists into their best and worst. The two seldom
+   meet in a step.
 
-Healthy: the loss starts at half the mean weight (0.5 with both 1); kl starts at 0, rises slowly, may be below 0 (z0 is 0 then);
-rewards/chosen (desirable) rise above rewards/rejected (undesirable). kl of tens of nats is drift: raise beta, lower --lr.
+Healthy: the loss starts at half the mean weight (0.5 with both 1) and falls slowly, to 0.4-0.47. rewards/accuracies is the
+share of answers on the right side of z0: 0 at the start, where none is on a side. rewards/chosen (desirable) rises above
+rewards/rejected. kl starts at 0 and may well go below (z0 stays 0 then); tens of nats either way are drift: raise beta,
+lower --lr.
 
-    python kto.py                                                       # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 kto.py --model gemma-2-2b               # after sft.py: --model runs/sft-...
+    python kto.py                                                           # the embedded task, on a laptop
+    torchrun --nproc_per_node=4 kto.py --model runs/sft-model-gemma-2-2b    # after sft.py --model gemma-2-2b
+    python kto.py --model runs/sft-... --dataset rows.jsonl                 # {"prompt", "completion", "label"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
@@ -44,15 +52,16 @@ from torch import Tensor
 
 import common
 
-# What a flag that was left out becomes, by model, and where the numbers are from (micro-batches are
-# ours). A model without a row takes the first one after `tiny`, and the run says so.
+# What a flag that was left out becomes, and where the numbers are from (micro-batches are ours): by
+# the last part of the model's name, in small letters; a folder that a run of ours saved has the row of
+# the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
 SETTINGS = {
     "tiny": {
-        "beta": 0.3, "lr": 2e-4, "batch_size": 32, "micro_batch_size": 32, "max_steps": 300,
+        "beta": 0.3, "lr": 2e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
         "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
         "max_length": 160, "max_prompt_length": 128, "dataset": "family", "source": "tuned here",
     },
-    "llama-7b": {  # hh is one of the paper's three sets; the authors' later code has weight decay 0.01
+    "llama-7b": {  # the authors' defaults; hh is one of the paper's three sets. Clipping, lengths and 0.1 for 150 steps are ours
         "beta": 0.1, "lr": 5e-6, "batch_size": 32, "micro_batch_size": 8, "epochs": 1.0,
         "schedule": "constant", "warmup_ratio": 0.1, "optimizer": "adamw", "max_grad_norm": 1.0,
         "max_length": 2048, "max_prompt_length": 1024, "dataset": "hh",
@@ -79,8 +88,8 @@ class Args:
     max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
     max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
     # Optimization
-    batch_size: int | None = None  # prompts per optimizer step, over all processes; default: SETTINGS
-    micro_batch_size: int | None = None  # prompts per forward pass and process; default: the largest that fits SETTINGS
+    batch_size: int | None = None  # rows (a prompt and its responses) per optimizer step, over all processes; default: SETTINGS
+    micro_batch_size: int | None = None  # rows per forward pass and process; default: the largest that fits SETTINGS
     epochs: float | None = None  # passes over the rows; default: SETTINGS
     max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
     lr: float | None = None  # peak learning rate; default: SETTINGS
@@ -105,7 +114,7 @@ class Args:
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_last: int = 1  # checkpoints kept
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens and reference log-probs are kept for the next run; default: runs/.cache
+    cache_dir: str | None = None  # where tokens (and log-probs of a reference) are kept for the next run; default: runs/.cache
     track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
     seed: int = 0  # of the order of rows, and of whatever is sampled
     deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
@@ -145,15 +154,15 @@ def kto_loss(
 def add_mismatched(rows: common.Rows, givers: common.Rows, seed: int, max_length: int) -> None:
     """Give every row a second response, y': an answer to another prompt, cut to the room that there is.
 
-    All rows stand in a circle, in a random order but with equal prompts side by side, and each looks on by as many places
-    as the largest such group has: for `givers` themselves that is a permutation, unless a prompt has more than half of them.
+    `givers` stand in a circle, in a random order but with equal prompts side by side. The row at place p takes the answer at
+    place p + (size of the largest such group): a permutation, unless a prompt has more than half of the rows.
     """
     draws = np.random.default_rng([seed, 0, 1]).permutation(len(givers))  # epochs are [seed, epoch]
     groups: dict[bytes, list[int]] = {}
     for i in draws:
         groups.setdefault(givers.question(i), []).append(i)
     circle = [i for group in groups.values() for i in group]
-    answers = [givers.rows[i].responses[0] for i in circle]  # before any row has a second one
+    answers = [givers.rows[i].responses[0] for i in circle]
     first = dict(zip(groups, np.cumsum([0, *map(len, groups.values())]), strict=False))
     place = {i: at for at, i in enumerate(circle)}
     step = max(map(len, groups.values()))
@@ -165,7 +174,9 @@ def add_mismatched(rows: common.Rows, givers: common.Rows, seed: int, max_length
                 "all rows have the same prompt, and KTO's z0 needs an answer to another one"
             )
         # So many places behind its group, round the circle without the group.
-        ahead = (place[i] - start if rows is givers else i) + step - many
+        ahead = (
+            (place[i] - start if rows is givers else i) + step - many
+        )  # held-out rows: any place
         at = (start + many + ahead % (len(circle) - many)) % len(circle)
         row.responses = [row.responses[0], answers[at][: max_length - len(row.prompt)]]
     rows.apart = True  # y and y' go through the model in passes of their own
@@ -183,7 +194,7 @@ def main(args: Args) -> None:
     )  # fmt: skip
     good = sum(bool(row.scores[0]) for row in train.rows)
     sides = args.desirable_weight * good, args.undesirable_weight * (len(train) - good)
-    ratio = f"{sides[0] / sides[1]:.2f}" if sides[1] else "infinite: nothing is undesirable"
+    ratio = f"{sides[0] / sides[1]:.2f}" if sides[1] else "infinite: nothing undesirable counts"
     common.say(
         "weights", f"desirable to undesirable, by weight times count: {ratio} (advised: 1 to 1.5)"
     )
@@ -203,7 +214,9 @@ def main(args: Args) -> None:
 
     @torch.no_grad()
     def kl_of(micros: Iterable[tuple[common.Micro, bool]]) -> Tensor:
-        """The mean over all rows of all processes; (micro, False) is another process's."""
+        """The mean over all rows of all processes. (micro, False) is another process's, gone through
+        only to keep step with a model that is spread over all (--fsdp).
+        """
         total = torch.zeros(2, dtype=torch.float64, device=policy.device)
         for micro, mine in micros:
             others = micro.column(1)
@@ -219,7 +232,7 @@ def main(args: Args) -> None:
         answers = micro.column(0)
         logps, lengths = common.response_logps(policy, answers)  # (B, 1), (B, 1)
         ref_logps = answers.ref_logps.to(logps.dtype)  # (B, 1)
-        desirable = micro.scores[:, 0] > 0  # (B,)
+        desirable = answers.scores[:, 0] > 0  # (B,)
         losses, metrics = kto_loss(
             logps[:, 0], ref_logps[:, 0], desirable, kl.to(logps.dtype),
             args.beta, args.desirable_weight, args.undesirable_weight,
@@ -228,14 +241,15 @@ def main(args: Args) -> None:
         return losses, metrics
 
     def evaluate() -> None:
-        parts = run.share(run.held_out_rows(held_out), "held-out KL")
+        micros = run.held_out_rows(held_out) if run.held_out_due else []
+        parts = run.share(micros, "held-out KL")
         kl = kl_of((common.collate_for(policy, held_out, i), mine) for i, mine in parts)
         run.evaluate(lambda micro: losses_of(micro, kl), held_out, policy, tokenizer)
 
     for batch in run.batches(train):  # from where the run stands
         if run.evaluation_due:
             evaluate()
-        micros = list(batch)
+        micros = list(batch)  # gone through twice; every process has equally many
         kl = kl_of((micro, True) for micro in micros)
         for micro in micros:
             losses, metrics = losses_of(micro, kl)

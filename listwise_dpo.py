@@ -9,25 +9,30 @@ what is left, and so on. With the same implicit reward the likelihood of the who
 K = 2 it is DPO. Lists tell more than their best and worst do, for the price of K answers behind one prompt.
 
     paper                    here
-    x, y_1 ... y_K           a row: the prompt and its ranked responses, best first; lists may differ in length
+    x, y_1 ... y_K           a row: the prompt and its responses, sorted best first by their scores; lists may differ in length
     log pi(y|x), log ref     logps, ref_logps: sums over response tokens, end-of-sequence included
     u_k                      rewards
     the ranking              scores: only their order counts; NaN where a list is shorter than the longest one beside it
+    E                        mean over the lists of a step, on all processes; the sum over k is a sum
 
 Options and departures
 1. The thesis prints this loss (its equation 20) with u_1 in every numerator: each choice compares later answers with the
    best one. Its own derivation, and Plackett-Luce, have u_k, the answer chosen at that step; so has this file.
 2. Ties: answers with equal scores are not compared; each is compared with those below it. (Plackett-Luce knows no ties;
    to choose between equals at random would teach noise.)
-3. A list of K has K - 1 terms, so long lists weigh more and the loss grows with K. Nothing is published for the learning
-   rate: it is DPO's, and the real models' settings are those of dpo.py.
-4. As in dpo.py, the reference is asked once, before the first step.
+3. A list of K has K - 1 terms, so long lists weigh more and the loss grows with K. Nothing is published for lists: the
+   settings of real models are those of the thesis for DPO on pairs, but for the data set, which has lists.
+4. The reference is asked once, before the first step, for the log-probs that the run will use: the same numbers as with
+   two models in memory, and one forward pass in the loop instead of two.
 
 Healthy: the loss starts at the sum over k of log(1 + answers below the k-th): log 4 + log 3 + log 2 = 3.18 for four without
-ties; rewards/accuracies (ordered pairs of a list in the right order) rises to 0.6-0.8. Otherwise as dpo.py says.
+ties (`tiny`, two to four answers with ties: 2.17). rewards/accuracies (the share of a list's ordered pairs in the right order)
+rises from 0 (no margin yet) to 0.6-0.8. logps/chosen usually falls too, less than logps/rejected. Falling greedy quality or
+growing length with a loss near 0 is over-optimisation: raise beta, lower --lr.
 
-    python listwise_dpo.py                                              # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 listwise_dpo.py --model gemma-2-2b      # after sft.py: --model runs/sft-...
+    python listwise_dpo.py                                                  # the embedded task, on a laptop
+    torchrun --nproc_per_node=4 listwise_dpo.py --model runs/sft-model-gemma-2-2b# after sft.py --model gemma-2-2b
+    python listwise_dpo.py --model runs/sft-... --dataset rows.jsonl        # {"prompt", "responses", "scores"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
@@ -41,9 +46,10 @@ from torch import Tensor
 
 import common
 
-# What a flag that was left out becomes, by model, and where the numbers are from (micro-batches are
-# ours). A model without a row takes the first one after `tiny`, and the run says so.
-THESIS = {  # 64 of "64 to 128"
+# What a flag that was left out becomes, and where the numbers are from (micro-batches are ours): by
+# the last part of the model's name, in small letters; a folder that a run of ours saved has the row of
+# the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
+THESIS = {  # a batch of 64 to 128
     "beta": 0.1, "lr": 1e-7, "batch_size": 64, "micro_batch_size": 2, "epochs": 3.0,
     "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "rmsprop", "max_grad_norm": 1.0,
     "max_length": 2048, "max_prompt_length": 1024, "dataset": "alma-r",
@@ -51,7 +57,7 @@ THESIS = {  # 64 of "64 to 128"
 }  # fmt: skip
 SETTINGS = {
     "tiny": {
-        "beta": 0.3, "lr": 2e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
+        "beta": 0.2, "lr": 3e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
         "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
         "max_length": 160, "max_prompt_length": 128, "dataset": "family", "source": "tuned here",
     },
@@ -75,8 +81,8 @@ class Args:
     max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
     max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
     # Optimization
-    batch_size: int | None = None  # prompts per optimizer step, over all processes; default: SETTINGS
-    micro_batch_size: int | None = None  # prompts per forward pass and process; default: the largest that fits SETTINGS
+    batch_size: int | None = None  # rows (a prompt and its responses) per optimizer step, over all processes; default: SETTINGS
+    micro_batch_size: int | None = None  # rows per forward pass and process; default: the largest that fits SETTINGS
     epochs: float | None = None  # passes over the rows; default: SETTINGS
     max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
     lr: float | None = None  # peak learning rate; default: SETTINGS
@@ -101,7 +107,7 @@ class Args:
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_last: int = 1  # checkpoints kept
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens and reference log-probs are kept for the next run; default: runs/.cache
+    cache_dir: str | None = None  # where tokens (and log-probs of a reference) are kept for the next run; default: runs/.cache
     track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
     seed: int = 0  # of the order of rows, and of whatever is sampled
     deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
@@ -116,9 +122,8 @@ def listwise_dpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
     """Plackett-Luce. Returns one loss per list, and what to plot: (values, weights) is a weighted mean."""
     rewards = beta * (logps - ref_logps)  # (B, K) u_k
-    worse = (
-        scores[:, :, None] > scores[:, None, :]
-    )  # (B, K, K) i is below k; never so where a score is NaN
+    # r_i < r_k; never so where a score is NaN.
+    worse = scores[:, :, None] > scores[:, None, :]  # (B, K, K)
     margins = rewards[:, :, None] - rewards[:, None, :]  # (B, K, K) u_k - u_i
     # -log of the k-th softmax: logsumexp over k itself (0) and all that are worse (u_i - u_k).
     ahead = (-margins).masked_fill(~worse, -torch.inf)

@@ -5,31 +5,37 @@
     s_i = log pi(y_i|x) / |y_i|,        T_ki = r_k - r_i,        T_k = max over i > k of T_ki
 
 A chain of choices: the best answer against all others, then the second against those below it, and so on, each a softmax
-over what the policy thinks of an answer, its mean log-prob a token. The gap of two scores (r) is the temperature of their
-comparison: meant to push a much worse answer away harder than one that is nearly as good, which it does while T|s| is
-below about 1. The last term is SFT on the best answer, with (n-1)^2 as the chain grows. There is no reference model.
+over what the policy thinks of an answer, its mean log-prob a token. The gap of two scores (r) multiplies what is compared,
+an inverse temperature. Within a choice, y_i is pushed down with a weight of T exp(T s_i), which is largest where T|s| is 1:
+a gap wider than that pushes less, so scores want a scale (--score-scale) that makes gaps about 1. The last term is SFT on
+the best answer, with (n-1)^2 as the chain grows. There is no reference model.
 
     paper                    here
-    x, y_1 ... y_n           a row: the prompt and its ranked responses, best first; lists may differ in length
+    x, y_1 ... y_n           a row: the prompt and its responses, sorted best first by their scores; lists may differ in length
     r_i                      scores; NaN where a list is shorter than the longest one beside it
     s_i                      mean_logps: means over response tokens, end-of-sequence included
-    T_ki, T_k                gaps[k, i]; own[k]. The paper writes 1/T: its temperatures divide
+    T_ki, T_k                temperatures[k, i]; own[k]. The paper writes 1/T: its temperatures divide
     w                        sft_weight; its log pi(y_1|x) is a sum over tokens, as in the authors' code
+    E                        mean over the lists of a step, on all processes; the sum over k is a sum
 
 Options and departures
 1. Ties: answers with equal scores are not compared; each is compared with those below. In the authors' code a tied
    answer has temperature 0, so that it adds a constant exp(0) to the sum and gets no gradient.
-2. L_k is computed as logsumexp(0, T_ki s_i - T_k s_k). The authors' log(1e-10 + ...) of plain exponentials is a
-   constant when T s falls below -23: then worse answers get no gradient, and the better one always all of its T_k.
+2. L_k is computed as logsumexp(0, T_ki s_i - T_k s_k). The authors' log(1e-10 + ...) of plain exponentials is a constant when
+   T s falls below -23: worse answers then get no gradient, and the better one all of T_k, however well they are ordered.
 3. --no-score-temperatures: all temperatures 1, the paper's variant without scores. Pairs become lists of two with the
-   scores 1 and 0, which is the same. --score-scale multiplies scores, whose unit is that of the reward model.
-4. The authors score the end of a sequence only where padding follows. Here every answer ends with it.
+   scores 1 and 0, which is the same.
+4. The authors score the end of a sequence only where padding follows. Here every answer that was not cut ends with it.
+5. The authors rank hh, and answers of other models to it, with a reward model. The set `hh` here has its human pairs: lists of
+   two, scores 1 and 0. alma-r has lists of three; your own file may have any. Their AdamW also decays weights by 0.01.
 
-Healthy: the loss falls by a few tenths and rewards/accuracies (ordered pairs of a list in the right order) rises; logps/chosen
-(of the best answer) should not fall. If it does, or answers grow long, raise --sft-weight.
+Healthy: watch chain_loss, which begins near log n! (equal s, temperatures 1) and falls, and rewards/accuracies (the share of a
+list's ordered pairs in the right order; `tiny` begins at 0.58). On long answers `loss` is mostly the SFT term, a sum over
+tokens. rewards/chosen and /rejected are s of the best and of the worst. If logps/chosen falls, raise --sft-weight.
 
-    python pro.py                                                       # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 pro.py --model gemma-2-2b               # after sft.py: --model runs/sft-...
+    python pro.py                                                           # the embedded task, on a laptop
+    torchrun --nproc_per_node=4 pro.py --model runs/sft-model-gemma-2-2b    # after sft.py --model gemma-2-2b
+    python pro.py --model runs/sft-... --dataset rows.jsonl                 # {"prompt", "responses", "scores"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
@@ -43,19 +49,20 @@ from torch import Tensor
 
 import common
 
-# What a flag that was left out becomes, by model, and where the numbers are from (micro-batches are
-# ours). A model without a row takes the first one after `tiny`, and the run says so.
+# What a flag that was left out becomes, and where the numbers are from (micro-batches are ours): by
+# the last part of the model's name, in small letters; a folder that a run of ours saved has the row of
+# the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
 SETTINGS = {
     "tiny": {
-        "sft_weight": 0.05, "lr": 2e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
+        "sft_weight": 0.05, "score_scale": 1.0, "lr": 2e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
         "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
         "max_length": 160, "max_prompt_length": 128, "dataset": "family", "source": "tuned here",
     },
     "llama-7b": {  # 7 GPUs x 2 x 8 steps of accumulation
-        "sft_weight": 0.05, "lr": 5e-6, "batch_size": 112, "micro_batch_size": 2, "epochs": 2.0,
+        "sft_weight": 0.05, "score_scale": 1.0, "lr": 5e-6, "batch_size": 112, "micro_batch_size": 2, "epochs": 2.0,
         "schedule": "constant", "warmup_ratio": 0.0, "optimizer": "adamw", "max_grad_norm": 1.0,
         "max_length": 512, "max_prompt_length": 384, "dataset": "hh",
-        "source": "Song et al. 2023 and their code, github.com/AlibabaResearch/DAMO-ConvAI",
+        "source": "Song et al. 2023 and their code, github.com/AlibabaResearch/DAMO-ConvAI; their lists are scored by a reward model",
     },
 }  # fmt: skip
 
@@ -66,7 +73,7 @@ class Args:
     # PRO
     sft_weight: float | None = None  # w, weight of the SFT term, 0 or more; default: the model's row in SETTINGS
     score_temperatures: bool = True  # gaps of the scores are the temperatures; off: all are 1
-    score_scale: float = 1.0  # scores are multiplied by this: a larger one sharpens all comparisons
+    score_scale: float | None = None  # scores are multiplied by this before temperatures are made of them; default: SETTINGS
     # Model and data
     model: str = "tiny"  # tiny, a short name (gemma-2-2b, ...), a Hugging Face id, or a folder such as runs/sft
     dataset: str | None = None  # family, a short name (tldr, ultrafeedback, hh, ...), a file or folder (.jsonl .json .parquet .csv), a hub id[:config][:split], or name=PATH for a copy; default: SETTINGS
@@ -75,8 +82,8 @@ class Args:
     max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
     max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
     # Optimization
-    batch_size: int | None = None  # prompts per optimizer step, over all processes; default: SETTINGS
-    micro_batch_size: int | None = None  # prompts per forward pass and process; default: the largest that fits SETTINGS
+    batch_size: int | None = None  # rows (a prompt and its responses) per optimizer step, over all processes; default: SETTINGS
+    micro_batch_size: int | None = None  # rows per forward pass and process; default: the largest that fits SETTINGS
     epochs: float | None = None  # passes over the rows; default: SETTINGS
     max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
     lr: float | None = None  # peak learning rate; default: SETTINGS
@@ -101,7 +108,7 @@ class Args:
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_last: int = 1  # checkpoints kept
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens and reference log-probs are kept for the next run; default: runs/.cache
+    cache_dir: str | None = None  # where tokens (and log-probs of a reference) are kept for the next run; default: runs/.cache
     track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
     seed: int = 0  # of the order of rows, and of whatever is sampled
     deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
@@ -118,25 +125,26 @@ def pro_loss(
     """The chain and the SFT term. Returns one loss per list, and what to plot: (values, weights) is a weighted mean."""
     mean_logps = logps / lengths.clamp(min=1)  # (B, K) s_i
     gaps = scores[:, :, None] - scores[:, None, :]  # (B, K, K) r_k - r_i
-    worse = gaps > 0  # (B, K, K) i is below k; never so where a score is NaN
-    gaps = torch.where(worse, gaps if score_temperatures else 1.0, 0.0).to(logps.dtype)  # T_ki
-    own = gaps.amax(-1)  # (B, K) T_k
+    worse = gaps > 0  # (B, K, K) r_i < r_k; never so where a score is NaN
+    temperatures = torch.where(worse, gaps if score_temperatures else 1.0, 0.0).to(
+        logps.dtype
+    )  # T_ki
+    own = temperatures.amax(-1)  # (B, K) T_k
     # What each worse answer has over the k-th one: T_ki s_i - T_k s_k.
-    ahead = gaps * mean_logps[:, None, :] - (own * mean_logps)[:, :, None]  # (B, K, K)
+    ahead = temperatures * mean_logps[:, None, :] - (own * mean_logps)[:, :, None]  # (B, K, K)
     ahead = ahead.masked_fill(~worse, -torch.inf)
     chain = torch.logsumexp(F.pad(ahead, (1, 0)), -1).sum(-1)  # (B,) L_k, 0 where nothing is worse
     many = (~scores.isnan()).sum(-1)  # (B,) n
     losses = chain - sft_weight * ((many - 1) ** 2 * logps[:, 0])
-    better = mean_logps[:, :, None] - mean_logps[:, None, :]  # (B, K, K)
+    margins = mean_logps[:, :, None] - mean_logps[:, None, :]  # (B, K, K) s_k - s_i
     last = (many - 1)[:, None]  # (B, 1) the worst answer of each list
-    margins = better[:, 0].gather(1, last)[:, 0]  # (B,) best against worst
     metrics = {
         "loss": losses,
         "chain_loss": chain,
         "rewards/chosen": mean_logps[:, 0],
         "rewards/rejected": mean_logps.gather(1, last)[:, 0],
-        "rewards/margins": margins,
-        "rewards/accuracies": (((better > 0) & worse).float(), worse.float()),
+        "rewards/margins": margins[:, 0].gather(1, last)[:, 0],
+        "rewards/accuracies": (((margins > 0) & worse).float(), worse.float()),
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps.gather(1, last)[:, 0],
     }

@@ -2,28 +2,32 @@
 
     L = - E_(x, y_w, y_l) [ log sigmoid( beta/|y_w| log pi(y_w|x)  -  beta/|y_l| log pi(y_l|x)  -  gamma ) ]      (eq. 6)
 
-The reward is what decoding looks for: the mean log-prob of an answer's tokens. So there is no reference model, and a long
-answer gains nothing by its length alone. gamma is the wanted margin: there a pair is even, and still pulled with half the
-strength. It is given as a share of beta, as in the authors' code, gamma = beta * --gamma-beta-ratio (2.0 * 0.5 = 1.0): the
-ratio is a margin in nats a token. Older configurations and TRL's simpo_gamma hold the absolute gamma: divide it by beta.
+The reward is what length-normalised beam search ranks by: the mean log-prob of an answer's tokens, times beta. So there is
+no reference model, and a long answer gains nothing by its length alone. gamma is the margin asked for: there a pair's
+loss is ln 2 and its gradient half of the largest. It is given as in the authors' code, gamma = beta * --gamma-beta-ratio
+(2.0 * 0.5 = 1.0), so the ratio is in nats a token. TRL's simpo_gamma and dpo.py's --gamma are absolute: divide by beta.
 
     paper                    here
     x, y_w, y_l              a row: the prompt, its first response (chosen), its second (rejected)
     log pi(y|x)              chosen_logps, rejected_logps: sums over response tokens, end-of-sequence included
     |y_w|, |y_l|             chosen_lengths, rejected_lengths: the same tokens, counted
     gamma                    beta * gamma_beta_ratio
+    E                        mean over the pairs of a step, on all processes
 
 Options and departures
-1. --nll-weight (CPO-SimPO: github.com/fe1ixxu/CPO_SIMPO): plus the mean over the step's chosen tokens of -log pi(token),
-   as in cpo.py. They used 0.05 with beta 10 on Llama-3-8B-Instruct.
+1. --nll-weight (CPO-SimPO: github.com/fe1ixxu/CPO_SIMPO): plus the mean over the step's chosen tokens of
+   -log pi(token | everything before it). Theirs is --beta 10 --gamma-beta-ratio 0.54 --nll-weight 0.05.
 2. The authors' code counts the chat template's header of an answer as part of it; here it belongs to the prompt.
-3. The thesis took gamma 0.5 at beta 0.1: 5 nats a token, more than any pair reaches, so no pair is ever learnt enough.
+3. The thesis took gamma 0.5 at beta 0.1: 5 nats a token, which few pairs reach, so all are pulled about equally, for ever.
+4. For instruct models the authors sampled the answers from the model itself: the data sets in their rows.
 
-Healthy: rewards/accuracies rises from what the model already prefers; rewards/margins rise towards gamma. The learning
-rate is what matters: repetition or falling greedy quality means that it is too high.
+Healthy: rewards/accuracies begins at the share of pairs that the model ranks right already (`tiny`: 0.63) and rises; margins
+rise past gamma; logps/chosen usually falls too, less than logps/rejected. The learning rate is what matters: repetition or
+falling greedy quality means that it is too high.
 
-    python simpo.py                                                     # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 simpo.py --model gemma-2-2b             # after sft.py: --model runs/sft-...
+    python simpo.py                                                         # the embedded task, on a laptop
+    torchrun --nproc_per_node=4 simpo.py --model runs/sft-model-gemma-2-2b  # after sft.py --model gemma-2-2b
+    python simpo.py --model runs/sft-... --dataset rows.jsonl               # {"prompt", "chosen", "rejected"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
@@ -36,9 +40,10 @@ from torch import Tensor
 
 import common
 
-# What a flag that was left out becomes, by model, and where the numbers are from (micro-batches are
-# ours). A model without a row takes the first one after `tiny`, and the run says so.
-THESIS = {  # 64 of "64 to 128"; gamma 0.5
+# What a flag that was left out becomes, and where the numbers are from (micro-batches are ours): by
+# the last part of the model's name, in small letters; a folder that a run of ours saved has the row of
+# the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
+THESIS = {  # a batch of 64 to 128; gamma 0.5
     "beta": 0.1, "gamma_beta_ratio": 5.0, "lr": 1e-7, "batch_size": 64, "micro_batch_size": 4, "epochs": 3.0,
     "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "rmsprop", "max_grad_norm": 1.0,
     "max_length": 2048, "max_prompt_length": 1024, "dataset": "tldr",
@@ -52,17 +57,15 @@ PAPER = {
 }  # fmt: skip
 SETTINGS = {
     "tiny": {
-        "beta": 2.0, "gamma_beta_ratio": 0.5, "lr": 2e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
+        "beta": 2.0, "gamma_beta_ratio": 2.0, "lr": 4e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
         "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
         "max_length": 160, "max_prompt_length": 128, "dataset": "family", "source": "tuned here",
     },
     "llama-3-base-8b-sft": PAPER | {"beta": 2.0, "gamma_beta_ratio": 0.5, "lr": 6e-7},
-    "zephyr-7b-sft-full": PAPER | {
-        "beta": 2.0, "gamma_beta_ratio": 0.8, "lr": 3e-7, "max_length": 1024, "max_prompt_length": 512,
-    },
-    "mistral-7b-instruct-v0.2": PAPER | {"beta": 2.5, "gamma_beta_ratio": 0.1, "lr": 5e-7},
-    "meta-llama-3-8b-instruct": PAPER | {"beta": 2.5, "gamma_beta_ratio": 0.55, "lr": 1e-6},
-    "gemma-2-9b-it": PAPER | {"beta": 10.0, "gamma_beta_ratio": 0.5, "lr": 8e-7},
+    "zephyr-7b-sft-full": PAPER | {"beta": 2.0, "gamma_beta_ratio": 0.8, "lr": 3e-7, "max_length": 1024, "max_prompt_length": 512},
+    "mistral-7b-instruct-v0.2": PAPER | {"beta": 2.5, "gamma_beta_ratio": 0.1, "lr": 5e-7, "dataset": "princeton-nlp/mistral-instruct-ultrafeedback"},
+    "meta-llama-3-8b-instruct": PAPER | {"beta": 2.5, "gamma_beta_ratio": 0.55, "lr": 1e-6, "dataset": "princeton-nlp/llama3-ultrafeedback"},
+    "gemma-2-9b-it": PAPER | {"beta": 10.0, "gamma_beta_ratio": 0.5, "lr": 8e-7, "dataset": "princeton-nlp/gemma2-ultrafeedback-armorm"},
     "gemma-2-2b": THESIS, "tinyllama": THESIS, "eurollm-1.7b": THESIS,
 }  # fmt: skip
 
@@ -83,8 +86,8 @@ class Args:
     max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
     max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
     # Optimization
-    batch_size: int | None = None  # prompts per optimizer step, over all processes; default: SETTINGS
-    micro_batch_size: int | None = None  # prompts per forward pass and process; default: the largest that fits SETTINGS
+    batch_size: int | None = None  # rows (a prompt and its responses) per optimizer step, over all processes; default: SETTINGS
+    micro_batch_size: int | None = None  # rows per forward pass and process; default: the largest that fits SETTINGS
     epochs: float | None = None  # passes over the rows; default: SETTINGS
     max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
     lr: float | None = None  # peak learning rate; default: SETTINGS
@@ -109,7 +112,7 @@ class Args:
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_last: int = 1  # checkpoints kept
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens and reference log-probs are kept for the next run; default: runs/.cache
+    cache_dir: str | None = None  # where tokens (and log-probs of a reference) are kept for the next run; default: runs/.cache
     track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
     seed: int = 0  # of the order of rows, and of whatever is sampled
     deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
@@ -121,7 +124,7 @@ def simpo_loss(
     rejected_logps: Tensor,  # (B,) log pi(y_l | x)
     chosen_lengths: Tensor,  # (B,) how many tokens that were
     rejected_lengths: Tensor,  # (B,)
-    mean_length: float,  # tokens of a chosen answer, mean over the whole step
+    mean_length: float,  # tokens of a chosen answer, mean over the whole step (or all held-out rows)
     beta: float,
     gamma_beta_ratio: float,
     nll_weight: float = 0.0,

@@ -182,7 +182,9 @@ def diff_of(method: str) -> str:
 
 
 def changed_lines(method: str) -> tuple[int, int]:
-    """(gone, come): lines of the base that are not in the method's file, and the other way round."""
+    """(gone, come): lines of the base that are not in the method's file, and those of the method's
+    that are not in the base.
+    """
     lines = [line for line in diff_of(method).splitlines()[2:] if line[:1] in "-+"]
     return sum(line[0] == "-" for line in lines), sum(line[0] == "+" for line in lines)
 
@@ -254,8 +256,8 @@ def test_diff_is_up_to_date(method):
 
 @pytest.mark.parametrize("method", ["cpo", "simpo"])
 def test_the_nearest_siblings_stay_near(method):
-    """What is not about the method does not get in: less than 60 lines of dpo.py go and less than 60
-    come; below docstring and settings, which are a method's own, less than 60 in all.
+    """What is not about the method does not get in: less than 60 lines of dpo.py go and less than
+    60 come; below docstring and settings, which are a method's own, less than 60 in all.
     """
     assert max(changed_lines(method)) < 60
     code = [METHODS[name][METHODS[name].index("class Args") :] for name in (BASE, method)]

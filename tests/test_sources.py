@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import gzip
 import json
+import re
 import os
 import subprocess
 import sys
@@ -1071,6 +1072,9 @@ def test_a_row_of_settings_leaves_nothing_open(method, model):
     if row["dataset"] == "family":
         assert model == "tiny"
         assert next(common._raw_rows("family", "train", kind))[1]
+    elif "/" in row["dataset"]:  # a hub id, whose columns are ours
+        assert re.fullmatch(r"[\w-]+/[\w.-]+", row["dataset"])
+        assert sources.find_named(row["dataset"], kind) is None
     else:
         assert {*sources.RICHER[kind]} & published.DATASETS[row["dataset"]].keys()
         assert sources.find_named(row["dataset"], kind).source.repo
