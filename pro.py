@@ -6,9 +6,9 @@
 
 A chain of choices: the best answer against all others, then the second against those below it, and so on, each a softmax
 over what the policy thinks of an answer, its mean log-prob a token. The gap of two scores (r) multiplies what is compared,
-an inverse temperature. Within a choice, y_i is pushed down with a weight of T exp(T s_i), which is largest where T|s| is 1:
-a gap wider than that pushes less, so scores want a scale (--score-scale) that makes gaps about 1. The last term is SFT on
-the best answer, with (n-1)^2 as the chain grows. There is no reference model.
+an inverse temperature. Within a choice, y_i is pushed down with a weight of T exp(T s_i), which is largest where T|s| is 1,
+so a wider gap pushes less, and a choice counts as learnt the sooner the larger T is. The unit of the scores matters:
+see --score-scale. The last term is SFT on the best answer, with (n-1)^2 as the chain grows. There is no reference model.
 
     paper                    here
     x, y_1 ... y_n           a row: the prompt and its responses, sorted best first by their scores; lists may differ in length
@@ -24,7 +24,8 @@ Options and departures
 2. L_k is computed as logsumexp(0, T_ki s_i - T_k s_k). The authors' log(1e-10 + ...) of plain exponentials is a constant when
    T s falls below -23: worse answers then get no gradient, and the better one all of T_k, however well they are ordered.
 3. --no-score-temperatures: all temperatures 1, the paper's variant without scores. Pairs become lists of two with the
-   scores 1 and 0, which is the same.
+   scores 1 and 0, which is the same. `tiny` scales scores by 0.03: its gaps, up to 10, would let choices end too early,
+   and its w is small, because imitating noisy choices teaches it less than comparing them.
 4. The authors score the end of a sequence only where padding follows. Here every answer that was not cut ends with it.
 5. The authors rank hh, and answers of other models to it, with a reward model. The set `hh` here has its human pairs: lists of
    two, scores 1 and 0. alma-r has lists of three; your own file may have any. Their AdamW also decays weights by 0.01.
@@ -54,7 +55,7 @@ import common
 # the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
 SETTINGS = {
     "tiny": {
-        "sft_weight": 0.05, "score_scale": 1.0, "lr": 2e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
+        "sft_weight": 0.002, "score_scale": 0.03, "lr": 3e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
         "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
         "max_length": 160, "max_prompt_length": 128, "dataset": "family", "source": "tuned here",
     },

@@ -6,8 +6,8 @@ import ast
 import dataclasses
 import gzip
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 import threading
