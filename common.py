@@ -1308,12 +1308,10 @@ def _records(
         if raw.get(column) is None:
             raise BadRow(f"no {column!r}")
     target = [_response(raw["target"], "target")] if targets else []
-    if (kind, found) in (("demonstration", "messages"), ("demonstration", "text")):
-        yield (
-            _dialogue(raw["messages"], "messages")
-            if found == "messages"
-            else Record("", [_text(raw, "text")])
-        )
+    if (kind, found) == ("demonstration", "messages"):
+        yield _dialogue(raw["messages"], "messages")
+    elif (kind, found) == ("demonstration", "text"):
+        yield Record("", [_text(raw, "text")])
     elif (kind, found) == ("demonstration", "demonstration"):
         yield Record(_prompt(raw), [_response(raw["completion"], "completion")])
     elif found == "labelled" and kind in ("demonstration", "labelled"):
