@@ -30,8 +30,8 @@ Options and departures
 5. The authors rank hh, and answers of other models to it, with a reward model. The set `hh` here has its human pairs: lists of
    two, scores 1 and 0. alma-r has lists of three; your own file may have any. Their AdamW also decays weights by 0.01.
 
-Healthy: watch chain_loss, which begins near log n! (equal s, temperatures 1) and falls, and rewards/accuracies (the share of a
-list's ordered pairs in the right order; `tiny` begins at 0.58). On long answers `loss` is mostly the SFT term, a sum over
+Healthy: watch chain_loss, which begins near log n! (equal s) and falls, and rewards/accuracies (the share of a list's ordered
+pairs in the right order; `tiny`: 0.58 to 0.63). On long answers `loss` is mostly the SFT term, a sum over
 tokens. rewards/chosen and /rejected are s of the best and of the worst. If logps/chosen falls, raise --sft-weight.
 
     python pro.py                                                           # the embedded task, on a laptop

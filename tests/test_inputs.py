@@ -581,7 +581,7 @@ MISTAKES = {
     },
     "a reference that nobody asks": Mistake(
         {"ref_model": "model"},
-        "--ref-model is asked with --reference-normalised alone",
+        "--ref-model needs --reference-normalised",
         script="slic",
     ),
     **{
@@ -720,7 +720,7 @@ def test_kto_says_how_the_weights_stand_to_the_labels(no_model):
     for weights, told in (
         (["--undesirable-weight", "2.5"], "1.20"),
         (["--desirable-weight", "0"], "0.00"),
-        (["--undesirable-weight", "0"], "infinite: nothing is undesirable"),
+        (["--undesirable-weight", "0"], "infinite: nothing undesirable counts"),
     ):
         with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(ModelLoaded):
             words = words_of(FLAGS | {"--eval-dataset": "other.jsonl"})
