@@ -20,8 +20,8 @@ more: wrong labels are given up, and so are answers that are merely hard. beta s
 Options and departures
 1. z0 is a constant to the optimizer: no gradient flows through it. It is the mean over the whole optimizer step, on all
    processes and micro-batches, clamped after. So a step asks for log pi(y'|x) first, in a pass without gradients, and then
-   for log pi(y|x): each has the model to itself, and --share-prompt does nothing here. Trainers that take the mean of a
-   micro-batch save nothing but have a noisier z0, which depends on how the step is split.
+   for log pi(y|x): each has the model to itself, and --share-prompt does nothing here. The mean of a micro-batch, which
+   other trainers take, is noisier and depends on how the step is split.
 2. y' is fixed once for all epochs, by a seeded permutation of the training rows (where no prompt has more than half of
    them) that pairs no prompt with an answer to itself; it is cut to the room there is. The authors' code shifts the answers
    within a micro-batch. Held-out rows take theirs from training rows.
@@ -174,10 +174,9 @@ def add_mismatched(rows: common.Rows, givers: common.Rows, seed: int, max_length
                 "all rows have the same prompt, and KTO's z0 needs an answer to another one"
             )
         # So many places behind its group, round the circle without the group.
-        ahead = (
-            (place[i] - start if rows is givers else i) + step - many
-        )  # held-out rows: any place
-        at = (start + many + ahead % (len(circle) - many)) % len(circle)
+        here = place[i] - start if rows is givers else i  # a held-out row may stand anywhere
+        ahead = (here + step - many) % (len(circle) - many)
+        at = (start + many + ahead) % len(circle)
         row.responses = [row.responses[0], answers[at][: max_length - len(row.prompt)]]
     rows.apart = True  # y and y' go through the model in passes of their own
 

@@ -31,8 +31,8 @@ Options and departures
    two, scores 1 and 0. alma-r has lists of three; your own file may have any. Their AdamW also decays weights by 0.01.
 
 Healthy: watch chain_loss, which begins near log n! (equal s) and falls, and rewards/accuracies (the share of a list's ordered
-pairs in the right order; `tiny`: 0.58 to 0.63). On long answers `loss` is mostly the SFT term, a sum over
-tokens. rewards/chosen and /rejected are s of the best and of the worst. If logps/chosen falls, raise --sft-weight.
+pairs in the right order; `tiny`: 0.58 to 0.63). On long answers `loss` is mostly the SFT term, a sum over tokens.
+rewards/chosen and /rejected are s of the best and of the worst. Where logps/chosen falls far, raise --sft-weight.
 
     python pro.py                                                           # the embedded task, on a laptop
     torchrun --nproc_per_node=4 pro.py --model runs/sft-model-gemma-2-2b    # after sft.py --model gemma-2-2b
@@ -127,9 +127,8 @@ def pro_loss(
     mean_logps = logps / lengths.clamp(min=1)  # (B, K) s_i
     gaps = scores[:, :, None] - scores[:, None, :]  # (B, K, K) r_k - r_i
     worse = gaps > 0  # (B, K, K) r_i < r_k; never so where a score is NaN
-    temperatures = torch.where(worse, gaps if score_temperatures else 1.0, 0.0).to(
-        logps.dtype
-    )  # T_ki
+    temperatures = torch.where(worse, gaps if score_temperatures else 1.0, 0.0)  # (B, K, K) T_ki
+    temperatures = temperatures.to(logps.dtype)
     own = temperatures.amax(-1)  # (B, K) T_k
     # What each worse answer has over the k-th one: T_ki s_i - T_k s_k.
     ahead = temperatures * mean_logps[:, None, :] - (own * mean_logps)[:, :, None]  # (B, K, K)
