@@ -144,7 +144,9 @@ def fill_in(args: Any, settings: dict[str, dict]) -> tuple[dict[str, str], dict]
             origin[f.name] = f"{published}: {row['source']}"
         else:
             origin[f.name] = "default" if value == f.default else "command line"
-    args.lora_rank = args.lora_rank or 0  # left out, and no row names one
+    if not args.lora_rank:  # left out, or 0
+        args.lora_rank = 0
+        origin["lora_rank"] = origin["lora_rank"] if "lora_rank" in row else "default"
     say("settings", ", ".join(taken) or "all from the command line")
     untested = "" if published == name else f", untested on {name}"
     published = row["source"] if published == "tiny" else f"published for {published}{untested}"
@@ -476,7 +478,7 @@ class Run(Processes):
             fits = [str(n) for n in range(1, each + 1) if each % n == 0]
             raise UserError(
                 f"--micro-batch-size {args.micro_batch_size} does not divide a process's {each} "
-                f"prompts of a step; {', '.join(fits)} do"
+                f"rows of a step; {', '.join(fits)} do"
             )
         self.steps_per_epoch = len(train) // args.batch_size  # a last short batch is dropped
         self.total_steps = args.max_steps or int(args.epochs * self.steps_per_epoch)
@@ -492,12 +494,13 @@ class Run(Processes):
         epochs = self.total_steps / self.steps_per_epoch
         say(
             "steps",
-            f"{self.total_steps:,} of {args.batch_size} prompts ({epochs:.2f} epochs), "
+            f"{self.total_steps:,} of {args.batch_size} rows ({epochs:.2f} epochs), "
             f"in micro-batches of {args.micro_batch_size}",
         )
-        if args.lora_rank and not self.row.get("lora_rank") and self.origin["lr"] != "command line":
-            lr = _short_number(args.lr)
-            say("", f"--lr {lr} was published for all weights; adapters usually want more")
+        published = bool(self.row.get("lora_rank"))  # for adapters
+        if published != bool(args.lora_rank) and self.origin["lr"] != "command line":
+            what = ("all weights; adapters usually want more", "adapters; all weights want less")
+            say("", f"--lr {_short_number(args.lr)} was published for {what[published]}")
         if memory := beside("memory"):
             memory.tell(self, train)
 
@@ -1307,7 +1310,6 @@ def _records(
     for column in (*KINDS[found], *["target"] * targets):
         if raw.get(column) is None:
             raise BadRow(f"no {column!r}")
-    target = [_response(raw["target"], "target")] if targets else []
     if (kind, found) == ("demonstration", "messages"):
         yield _dialogue(raw["messages"], "messages")
     elif (kind, found) == ("demonstration", "text"):
@@ -1328,9 +1330,7 @@ def _records(
         if kind in ("ranked", "labelled"):
             yield Record(pair.prompt, pair.responses, [1.0, 0.0])
         else:
-            if target and isinstance(pair.prompt, list):  # a whole dialogue, as the pair's may be
-                shared = len(pair.prompt) * (target[0][: len(pair.prompt)] == pair.prompt)
-                target = [target[0][shared:]]
+            target = [_target(raw, pair.prompt)] if targets else []
             wanted = pair.responses + target if kind == "pair" else pair.responses[:1]
             yield Record(pair.prompt, wanted)
     elif found == "ranked":
@@ -1350,6 +1350,7 @@ def _records(
                 "adjacent": list(zip(ranked, ranked[1:])),  # noqa: B905 (one shorter by design)
                 "all": [(a, b) for i, a in enumerate(ranked) for b in ranked[i + 1 :]],
             }[pairs]
+            target = [_target(raw, prompt)] if targets else []
             for (score_a, a), (score_b, b) in chosen:
                 if score_a > score_b:
                     yield Record(prompt, [a, b, *target])
@@ -1431,6 +1432,16 @@ def _pair(raw: dict) -> Record:
         asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         opening = asked + opening
     return Record(opening, sides)
+
+
+def _target(raw: dict, prompt: str | list[dict]) -> str | list[dict]:
+    """What answers the prompt; of a whole dialogue, what goes on from it."""
+    target = _response(raw["target"], "target")
+    if isinstance(target, list) and isinstance(prompt, list):
+        target = target[len(prompt) :] if target[: len(prompt)] == prompt else target
+        if target[0]["role"] != "assistant":
+            raise BadRow("'target' does not go on from the prompt")
+    return target
 
 
 def _ranked(raw: dict) -> tuple[str | list[dict], list[tuple[float, Any]]]:
@@ -2324,7 +2335,8 @@ def schedule_factor(schedule: str, warmup_ratio: float, step: int, total: int) -
         "constant": 1.0,
         "linear": 1.0 - progress,
         "cosine": 0.5 + 0.5 * float(np.cos(np.pi * progress)),
-        "inverse-sqrt": float(np.sqrt(max(1, warmup) / (step + 1))),
+        # As in Transformers: without a warm-up it falls as if one of 10,000 steps lay behind.
+        "inverse-sqrt": float(np.sqrt((scale := warmup or 10_000) / (step + 1 + scale - warmup))),
     }[schedule]
 
 

@@ -36,7 +36,7 @@ rises above rewards/rejected, and both may fall. kl starts at 0 and may well go 
 tens of nats either way are drift: raise beta, lower --lr.
 
     python kto.py                                                           # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 kto.py --model runs/sft-model-gemma-2-2b    # after sft.py --model gemma-2-2b
+    torchrun --nproc_per_node=4 kto.py --model runs/sft-model-gemma-2-2b --dataset tldr   # after sft.py --model gemma-2-2b
     python kto.py --model runs/sft-... --dataset rows.jsonl                 # {"prompt", "completion", "label"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.

@@ -21,17 +21,18 @@ Options and departures
 2. Ties: answers with equal scores are not compared; each is compared with those below it. (Plackett-Luce knows no ties;
    to choose between equals at random would teach noise.)
 3. A list of K has K - 1 terms, so long lists weigh more and the loss grows with K. Nothing is published for lists: the
-   settings of real models are those of the thesis for DPO on pairs, but for the data set, which has lists.
+   settings of real models are those of the thesis for DPO on pairs, but for the data set, which has lists (translations:
+   fine-tune on such first, or give your own --dataset).
 4. The reference is asked once, before the first step, for the log-probs that the run will use: the same numbers as with
    two models in memory, and one forward pass in the loop instead of two.
 
 Healthy: the loss starts at the sum over k of log(1 + answers below the k-th): log 4 + log 3 + log 2 = 3.18 for four without
-ties (`tiny`, two to four answers with ties: 2.17). rewards/accuracies (the share of a list's ordered pairs in the right order)
+ties (`tiny`, lists of two to four: 2.17). rewards/accuracies (the share of a list's ordered pairs in the right order)
 rises from 0 (no margin yet) to 0.6-0.8. logps/chosen usually falls too, less than logps/rejected. Falling greedy quality or
 growing length with a loss near 0 is over-optimisation: raise beta, lower --lr.
 
     python listwise_dpo.py                                                  # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 listwise_dpo.py --model runs/sft-model-gemma-2-2b# after sft.py --model gemma-2-2b
+    torchrun --nproc_per_node=4 listwise_dpo.py --model runs/sft-model-gemma-2-2b  # after sft.py --model gemma-2-2b
     python listwise_dpo.py --model runs/sft-... --dataset rows.jsonl        # {"prompt", "responses", "scores"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.

@@ -24,18 +24,18 @@ Options and departures
 2. L_k is computed as logsumexp(0, T_ki s_i - T_k s_k). The authors' log(1e-10 + ...) of plain exponentials is a constant when
    T s falls below -23: worse answers then get no gradient, and the better one all of T_k, however well they are ordered.
 3. --no-score-temperatures: all temperatures 1, the paper's variant without scores. Pairs become lists of two with the
-   scores 1 and 0, which is the same. `tiny` scales scores by 0.03: its gaps, up to 10, would let choices end too early,
-   and its w is small, because imitating noisy choices teaches it less than comparing them.
+   scores 1 and 0: the same, at --score-scale 1. `tiny` scales scores by 0.03: its gaps, up to 18, would let choices end
+   too early; and its w is small, because imitating noisy choices teaches it less than comparing them.
 4. The authors score the end of a sequence only where padding follows. Here every answer that was not cut ends with it.
 5. The authors rank hh, and answers of other models to it, with a reward model. The set `hh` here has its human pairs: lists of
    two, scores 1 and 0. alma-r has lists of three; your own file may have any. Their AdamW also decays weights by 0.01.
 
-Healthy: watch chain_loss, which begins near log n! (equal s) and falls, and rewards/accuracies (the share of a list's ordered
+Healthy: watch chain_loss, which begins near log n! (equal s, temperatures 1 or small) and falls, and rewards/accuracies (the share of a list's ordered
 pairs in the right order; `tiny`: 0.58 to 0.63). On long answers `loss` is mostly the SFT term, a sum over tokens.
 rewards/chosen and /rejected are s of the best and of the worst. Where logps/chosen falls far, raise --sft-weight.
 
     python pro.py                                                           # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 pro.py --model runs/sft-model-gemma-2-2b    # after sft.py --model gemma-2-2b
+    torchrun --nproc_per_node=4 pro.py --model runs/sft-model-gemma-2-2b --dataset tldr   # after sft.py --model gemma-2-2b
     python pro.py --model runs/sft-... --dataset rows.jsonl                 # {"prompt", "responses", "scores"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.

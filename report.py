@@ -52,7 +52,8 @@ def read_metrics(run: "common.Run") -> tuple[list[dict], list[dict]]:
 
 PANELS = (
     ("loss", ("loss",)),
-    ("a term of the loss", ("nll_loss", "hinge_loss", "chain_loss")),
+    ("NLL of chosen answers, nats a token", ("nll_loss",)),
+    ("the loss without its regulariser", ("hinge_loss", "chain_loss")),
     ("estimate of the KL", ("kl",)),
     ("implicit rewards", ("rewards/chosen", "rewards/rejected")),
     ("reward margin", ("rewards/margins",)),

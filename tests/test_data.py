@@ -551,6 +551,15 @@ def test_a_target_stands_behind_the_pair(tokenizers):
     assert decoded(load([answer], tokenizer, targets=True), tokenizer) == expected
 
 
+def test_a_target_of_a_ranked_list_may_be_a_whole_dialogue(tokenizers):
+    tokenizer = tokenizers("bare-template")
+    ranked = {"prompt": ASKED, "responses": [[assistant("b")], [assistant("c")]], "scores": [2, 1]}
+    answer, whole = ([*opening, assistant("Yes.")] for opening in ([], ASKED))
+    rows = [load([ranked | {"target": t}], tokenizer, targets=True) for t in (answer, whole)]
+    assert decoded(rows[0], tokenizer) == decoded(rows[1], tokenizer)
+    assert len(rows[0].rows[0].responses) == 3
+
+
 def test_a_target_may_be_a_whole_dialogue_as_the_pair_is(tokenizers):
     """Written behind the prompt once more, it would move the end of the prompt for all three."""
     tokenizer = tokenizers("bare-template")
@@ -569,6 +578,10 @@ def test_a_target_may_be_a_whole_dialogue_as_the_pair_is(tokenizers):
         (TEXT_PAIR | {"target": 3}, "'target' must be a text or a list of messages with"),
         (TEXT_PAIR | {"target": [user("Why?")]}, "'target' must end with an assistant message"),
         (TEXT_PAIR | {"target": [assistant("Yes.")]}, "prompt and responses must all be texts or"),
+        (
+            DIALOGUE_PAIR | {"target": [user("Another?"), assistant("Yes.")]},
+            "'target' does not go on from the prompt",
+        ),
     ],
 )
 def test_a_target_that_is_not_there_or_not_of_a_kind(raw, reason, tokenizers):

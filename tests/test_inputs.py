@@ -636,8 +636,7 @@ MISTAKES = {
     ),
     "a micro-batch that does not fit": Mistake(
         {"batch_size": "12", "micro_batch_size": "5"},
-        "--micro-batch-size 5 does not divide a process's 12 prompts of a step; "
-        "1, 2, 3, 4, 6, 12 do",
+        "--micro-batch-size 5 does not divide a process's 12 rows of a step; 1, 2, 3, 4, 6, 12 do",
     ),
 }
 

@@ -23,8 +23,12 @@ def test_inverse_square_root_is_that_of_transformers():
 
 
 def test_inverse_square_root_without_a_warm_up():
-    factors = [common.schedule_factor("inverse-sqrt", 0.0, i, 50) for i in range(50)]
-    assert factors == pytest.approx([1 / math.sqrt(i + 1) for i in range(50)])
+    """As if one of 10,000 steps lay behind."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_inverse_sqrt_schedule(optimizer, num_warmup_steps=0).lr_lambdas[0]
+    ours = [common.schedule_factor("inverse-sqrt", 0.0, i, 50) for i in range(50)]
+    assert ours == pytest.approx([theirs(i + 1) for i in range(50)])
+    assert ours[49] == pytest.approx(1 / math.sqrt(10_050 / 10_000))
 
 
 @pytest.mark.parametrize(
@@ -32,6 +36,7 @@ def test_inverse_square_root_without_a_warm_up():
     [
         (None, "alma-13b", 16, "alma-13b: "),  # published for adapters
         (None, "gemma-2-2b", 0, "default"),
+        (0, "gemma-2-2b", 0, "default"),  # says what is so anyway: the folder's name stays
         (0, "alma-13b", 0, "command line"),
         (4, "alma-13b", 4, "command line"),
     ],
