@@ -19,8 +19,7 @@ Options and departures
    -log pi(token | everything before it). Theirs is --beta 10 --gamma-beta-ratio 0.54 --nll-weight 0.05.
 2. The authors' code counts the chat template's header of an answer as part of it; here it belongs to the prompt.
 3. The thesis took gamma 0.5 at beta 0.1: 5 nats a token, which few pairs reach, so all are pulled about equally, for ever.
-4. For instruct models the authors sampled the answers from the model itself: the data sets in their rows. All of the
-   authors' sets are messages: a model without a chat template needs another one (--dataset tldr).
+4. The rows of instruct models name sets that the authors sampled from the model itself. All their sets need a chat template.
 
 Healthy: rewards/accuracies begins at the share of pairs that the model ranks right already and rises (`tiny`: 0.63 to 0.70),
 and so do the margins (0.9 to 2.1); logps/chosen usually falls too, less than logps/rejected. The learning rate is what
