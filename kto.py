@@ -32,7 +32,7 @@ Options and departures
 
 Healthy: the loss starts at half the mean weight (0.5 with both 1) and falls slowly (`tiny`: to 0.46). rewards/accuracies is the
 share of answers on the right side of z0: 0 at the start, where none is on a side, then above 0.5. rewards/chosen (desirable)
-rises above rewards/rejected, and both may fall. kl starts at 0 and may well go below, where z0 stays 0 (`tiny`: -3 to -6);
+rises above rewards/rejected, and both may fall. kl starts at 0 and may well go below, where z0 stays 0 (`tiny`: -3.5);
 tens of nats either way are drift: raise beta, lower --lr.
 
     python kto.py                                                           # the embedded task, on a laptop

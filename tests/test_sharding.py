@@ -212,7 +212,8 @@ def test_same_weights_spread(heads, alone, pairs, tmp_path, name, processes, aga
 def test_kto_spread(checkpoints, plain, tmp_path):  # noqa: F811
     """Passes without a gradient come before those with one, over as many rows on every process."""
     rows = write_jsonl(tmp_path / "labelled.jsonl", labelled_rows(60))
-    start, flags = checkpoints("gemma2"), HOT | {"micro_batch_size": 2, "eval_every": 2}
+    # Not Gemma 2: its eager softmax is fp32, where another number of threads is enough for 2e-7.
+    start, flags = checkpoints("llama"), HOT | {"micro_batch_size": 2, "eval_every": 2}
     assert train(kto, start, rows, tmp_path / "one", **flags) == 0
     run("kto", tmp_path / "two", start, rows, 2, fsdp=True, **flags)
     assert_same_weights(tmp_path / "one", tmp_path / "two", start)
