@@ -14,6 +14,7 @@ Imported only with --lora-rank.
 import hashlib
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -50,18 +51,35 @@ def add(
         lora_dropout=0.0,
         target_modules="all-linear",  # but for the head
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in policy.modules()),  # GPT-2
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if hasattr(policy, "score") else "CAUSAL_LM",  # leaves the head out
     )
-    for p in policy.parameters():
+    for name, p in policy.named_parameters():
         p.requires_grad_(False)
-        if p.dim() > 1:  # norms, and rotary frequencies (buffers), cost nothing and stay exact
+        # Norms, rotary frequencies (buffers) and a head that scores cost nothing and stay exact.
+        if p.dim() > 1 and name != "score.weight":
             p.data = torch.empty_like(p, dtype=base_dtype) if empty else p.data.to(base_dtype)
     policy.frozen_digest = digest(policy) if common.MAIN_PROCESS else None
     inject_adapter_in_model(config, policy)
     config.target_modules = sorted(config.target_modules)  # a set is written in any order
+    if hasattr(policy, "score"):  # a head that began as random numbers is trained whole
+        policy.score.requires_grad_(True)
+        config.modules_to_save = ["score"]
     policy.adapter_config = config
     for p in trained(policy).values():
         p.data = p.data.to(dtype)
+
+
+@contextmanager
+def off(policy: nn.Module) -> Iterator[None]:
+    """For a while the model is what it was made from."""
+    layers = [module for module in policy.modules() if hasattr(module, "_disable_adapters")]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def digest(policy: nn.Module) -> str | None:

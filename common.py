@@ -8,9 +8,9 @@ that method's file.
 A row of data is always the same thing: a prompt and its K responses. A method is a function of the
 (B, K) matrix of response log-probs. With this file, one method file, a JSONL and a local model,
 training works; `kernels/` (fused log-probs), `report.py` (curves, samples, the closing block),
-`generation.py`, `sources.py` (short names, hubs), `tokenising.py` (large sets), `memory.py` (the
-plan) and `family.py` are used where they are; `sharding.py`, `adapters.py` and `tracking.py` where
-a flag asks for them.
+`generation.py`, `scoring.py` (rewards), `sources.py` (short names, hubs), `tokenising.py` (large
+sets), `memory.py` (the plan) and `family.py` are used where they are; `sharding.py`, `adapters.py`
+and `tracking.py` where a flag asks for them.
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers
 5.23.
@@ -122,8 +122,11 @@ def short_name(model: str) -> str:
 
 
 def model_folder(model: str) -> Path:
-    """The folder that `tiny` or a path stands for. (A hub id gives a folder that is not there.)"""
-    return HERE / "tiny" if model == "tiny" else Path(model).expanduser()
+    """The folder that `tiny`, `tiny-reward` or a path stands for. (A hub id gives a folder that is
+    not there.)
+    """
+    embedded = {"tiny": HERE / "tiny", "tiny-reward": HERE / "tiny" / "reward"}
+    return embedded.get(model) or Path(model).expanduser()
 
 
 def fill_in(args: Any, settings: dict[str, dict]) -> tuple[dict[str, str], dict]:
@@ -273,6 +276,7 @@ class Processes:
         )
         self.to_save = False
         self.in_step = False  # every process takes part in every forward pass (--fsdp)
+        self.inner_bar = None  # of the loop that `share` is in
         numbers = (signal.SIGTERM, signal.SIGINT)
         self.handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
 
@@ -288,7 +292,8 @@ class Processes:
         often, so that all agree on a stop asked for with a signal. (item, False) is another
         process's item: only to be in step with a model that is spread over all of them.
         """
-        for at in progress_bar(range(0, len(micros), self.world), label):
+        self.inner_bar = progress_bar(range(0, len(micros), self.world), label)
+        for at in self.inner_bar:
             mine = at + self.rank < len(micros)
             if mine or self.in_step:
                 yield micros[at + self.rank if mine else at], mine
@@ -320,7 +325,10 @@ class Run(Processes):
         self.total_steps = 0  # known when the rows are
         self.policy = self.optimizer = None  # bound by `restore`
         self.sums: dict[str, list] = {}  # metric -> [sum, count], since the last step
-        self.skipped_in_a_row = 0
+        self.kept: dict[
+            str, Any
+        ] = {}  # what else a method has to know after a resume; goes to JSON
+        self.skipped_in_a_row, self.spoiled = 0, False
         self.bar = self.tracker = None
 
     # -- the folder
@@ -375,8 +383,8 @@ class Run(Processes):
             return {"folder": str(self.folder), "finished": True}
         (self.folder / "summary.txt").unlink(missing_ok=True)
         write_atomically(self.folder / "run.json", json.dumps(record, indent=1) + "\n")
-        for source in self._sources():
-            write_atomically(self.folder / source.name, source.read_text())
+        for name, source in self._sources().items():
+            write_atomically(self.folder / name, source.read_text())
         say("run", f"{self.folder}, {self.world} process(es) on {self.device.type}")
         return {"folder": str(self.folder), "finished": False}
 
@@ -416,7 +424,13 @@ class Run(Processes):
             if was != now and not (name == "max_steps" and self._may_grow(was, now)):
                 differ.append(f"{flag(name)} was {was}, now {now}")
         for name, hash in new["source"].items():  # what only one of them used moves nothing
-            if old["source"].get(name, hash) != hash:
+            if old["source"].get(name, hash) == hash:
+                continue
+            if name.startswith("reward-"):  # perhaps because it had stopped the run
+                say(
+                    "resume", f"{name.removeprefix('reward-')} has changed since: used as it is now"
+                )
+            else:
                 differ.append(f"{name} has changed since")
         if differ:
             raise UserError(
@@ -431,11 +445,18 @@ class Run(Processes):
         steady = self.args.schedule == "constant" and not self.args.warmup_ratio
         return steady and was is not None and now is not None and was <= now
 
-    def _sources(self) -> list[Path]:
-        """What computes the weights: the script first."""
+    def _sources(self) -> dict[str, Path]:
+        """What computes the weights: the script first. A reward's file may be called like ours."""
         used = {"sharding.py": self.args.fsdp, "adapters.py": self.args.lora_rank}
+        for name in re.findall(r"^import (generation|scoring)$", self.script.read_text(), re.M):
+            used[f"{name}.py"] = True
         found = [HERE / "kernels" / "token_logps.py", *(HERE / n for n in used if used[n])]
-        return [self.script, HERE / "common.py", *(file for file in found if file.is_file())]
+        found = [self.script, HERE / "common.py", *(file for file in found if file.is_file())]
+        sources = {file.name: file for file in found}
+        scores = Path((getattr(self.args, "reward", None) or "").rpartition(":")[0])  # FILE.py:name
+        if scores.suffix == ".py" and scores.expanduser().is_file():
+            sources[f"reward-{scores.name}"] = scores.expanduser()
+        return sources
 
     def _describe(self) -> dict:
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -444,7 +465,7 @@ class Run(Processes):
             "arguments": dataclasses.asdict(self.args),
             "from": self.origin,
             "processes": self.world,
-            "source": {p.name: file_hash(p) for p in self._sources()},
+            "source": {name: file_hash(file) for name, file in self._sources().items()},
             "commit": _git_commit(),
             "versions": {
                 "python": platform.python_version(),
@@ -457,18 +478,22 @@ class Run(Processes):
 
     # -- which rows, when: a function of seed, epoch and step alone
 
-    def plan(self, train: Rows) -> None:
-        """How many steps there are, and how a step is dealt to processes and micro-batches."""
+    def plan(self, train: Rows, parts: int = 1) -> None:
+        """How many steps there are, and how a step is dealt to processes and micro-batches. In
+        `parts` optimizer steps (PPO's minibatches), each of which has its share of the rows.
+        """
         args = self.args
         if len(train) < args.batch_size:
             raise UserError(
                 f"{len(train):,} training rows are less than one --batch-size {args.batch_size}"
             )
-        each, rest = divmod(args.batch_size, self.world)
+        shares = self.world * parts
+        each, rest = divmod(args.batch_size, shares)
         if rest:
-            near = [n for n in (args.batch_size - rest, args.batch_size - rest + self.world) if n]
+            near = [n for n in (args.batch_size - rest, args.batch_size - rest + shares) if n]
+            of = f" in {parts} minibatches" if parts > 1 else ""
             raise UserError(
-                f"--batch-size {args.batch_size} cannot be dealt to {self.world} processes; "
+                f"--batch-size {args.batch_size} cannot be dealt to {self.world} processes{of}; "
                 f"{' or '.join(map(str, near))} can"
             )
         if self.origin["micro_batch_size"] != "command line":
@@ -505,15 +530,19 @@ class Run(Processes):
             memory.tell(self, train)
 
     def step_rows(self, step: int) -> list[list[int]]:
-        """The micro-batches of a step; process r takes every world-th of them, from the r-th on.
+        """The micro-batches of a step."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        rng, size = np.random.default_rng([self.args.seed, epoch]), self.args.batch_size
+        order = rng.permutation(len(self.lengths)).tolist()[at * size : (at + 1) * size]
+        return self.deal(self.lengths, order)
+
+    def deal(self, lengths: list[int], indexes: list[int]) -> list[list[int]]:
+        """Micro-batches of these rows; process r takes every world-th of them, from the r-th on.
 
         They come sorted by length. Dealt to and fro (1 2 3 4, 4 3 2 1, ...) no process gets the
         longest of every round, so none waits long for the others.
         """
-        epoch, at = divmod(step, self.steps_per_epoch)
-        rng, size = np.random.default_rng([self.args.seed, epoch]), self.args.batch_size
-        order = rng.permutation(len(self.lengths)).tolist()[at * size : (at + 1) * size]
-        micros = micro_batches(self.lengths, order, self.args.micro_batch_size)
+        micros = micro_batches(lengths, indexes, self.args.micro_batch_size)
         rounds = [micros[i : i + self.world] for i in range(0, len(micros), self.world)]
         return [m for i, dealt in enumerate(rounds) for m in (dealt[::-1] if i % 2 else dealt)]
 
@@ -542,15 +571,17 @@ class Run(Processes):
             mean = mean_length(rows)
             self.clock, self.tokens, self.places, self.filled = time.perf_counter(), 0, 0, 0
             yield Batch(
-                (self._collated(data, i, mean) for i in micros[self.rank :: self.world]),
+                (self.collate(data, i, mean) for i in micros[self.rank :: self.world]),
                 prompts=len(rows),
                 response_tokens=sum(len(r) for row in rows for r in row.responses),
                 step=self.step,
+                rows=[i for micro in micros for i in micro],
             )
         self.bar.close()
 
-    def _collated(self, data: Rows, indexes: list[int], mean: float) -> Micro:
-        micro = collate_for(self.policy, data, indexes, mean)
+    def collate(self, data: Rows, indexes: list[int], mean: float = 0.0) -> Micro:
+        """To train on: counted."""
+        micro = collate_for(self.leader, data, indexes, mean)
         self.tokens += micro.tokens
         self.places += micro.input_ids.numel()
         self.filled += micro.filled
@@ -587,21 +618,32 @@ class Run(Processes):
             if self.tracker:
                 self.tracker.log(whole, self.step)
 
+    def append(self, name: str, records: Iterable[dict]) -> None:
+        """Lines of one of LOGS."""
+        if MAIN_PROCESS:
+            with open(self.folder / name, "a", encoding="utf-8") as f:
+                f.writelines(json.dumps(record) + "\n" for record in records)
+
     # -- one optimizer step
 
-    def update(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def update(
+        self, policy: nn.Module, optimizer: torch.optim.Optimizer, last: bool = True
+    ) -> None:
         """Sum gradients over processes, clip, step, log, save when due. (The loss is already
-        divided by counts of the whole step, so gradients are summed, never averaged.)
+        divided by counts of the whole step, so gradients are summed, never averaged.) A step that
+        has several updates (PPO's) ends with the last one: metrics are averaged over all.
         """
         args = self.args
         parameters = [p for p in policy.parameters() if p.requires_grad]
         sum_gradients(parameters)
         norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         factor = schedule_factor(args.schedule, args.warmup_ratio, self.step, self.total_steps)
-        metrics, (tokens, places, filled, signalled) = self._reduce(
-            self.tokens, self.places, self.filled, self.signal
-        )
-        finite = bool(norm.isfinite()) and np.isfinite(metrics.get("loss", 0.0))
+        metrics, finite = {}, bool(norm.isfinite())
+        if last:
+            metrics, (tokens, places, filled, signalled) = self._reduce(
+                self.tokens, self.places, self.filled, self.signal
+            )
+            finite = finite and np.isfinite(metrics.get("loss", 0.0))
         if finite:
             if args.max_grad_norm:
                 nn.utils.clip_grads_with_norm_(parameters, args.max_grad_norm, norm)
@@ -609,6 +651,10 @@ class Run(Processes):
                 group["lr"] = args.lr * factor
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        self.spoiled = self.spoiled or not finite
+        if not last:
+            return
+        finite, self.spoiled = not self.spoiled, False
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.step += 1
         seconds = time.perf_counter() - self.clock
@@ -622,13 +668,14 @@ class Run(Processes):
             seconds_per_step=seconds,
             peak_memory_gib=peak_memory(),
         )
-        shown = {n: f"{metrics[n]:.3f}" for n in ("loss", "rewards/accuracies") if n in metrics}
+        shown = ("loss", "rewards/accuracies", "objective/scores", "objective/kl")
+        shown = {n: f"{metrics[n]:.3f}" for n in shown if n in metrics}
         self.bar.set_postfix(shown | {"tok/s": f"{tokens / seconds:,.0f}"}, refresh=False)
         self.bar.update()
         if self.skipped_in_a_row >= 3:
             raise UserError(
                 f"loss or gradient was not finite in steps {self.step - 2} to {self.step}; no such "
-                f"step touched the weights. A lower --lr is the usual cure; the last good "
+                f"update touched the weights. A lower --lr is the usual cure; the last good "
                 f"checkpoint is in {self.folder}"
             )
         self.log_sizes = {name: _size(self.folder / name) for name in LOGS}
@@ -660,7 +707,6 @@ class Run(Processes):
         """The method's own loss and metrics on held-out rows, and greedy samples; at step 0 and at
         the end too.
         """
-        ends, args = self.step in (0, self.total_steps), self.args
         if len(held_out) and self.held_out_due:
             (training, self.sums), mean = (self.sums, {}), mean_length(held_out.rows)
             with torch.no_grad():
@@ -672,11 +718,21 @@ class Run(Processes):
             self.sums = {name: self.sums.get(name, [0.0, 0.0]) for name in names}
             metrics, _ = self._reduce()
             self.sums = training
-            self.log({"step": self.step} | {f"eval/{name}": x for name, x in metrics.items()})
-            shown = [n for n in ("loss", "rewards/accuracies", "rewards/margins") if n in metrics]
-            told = ", ".join(f"{name} {metrics[name]:.4f}" for name in shown)
-            self.print(f"step {self.step:<6}held-out {told}")
-        if ends or (args.sample_every and self.step % args.sample_every == 0):
+            self.tell_held_out(metrics)
+        self.sample(held_out, policy, tokenizer)
+
+    def tell_held_out(self, metrics: dict[str, float]) -> None:
+        self.log({"step": self.step} | {f"eval/{name}": x for name, x in metrics.items()})
+        shown = (
+            "loss rewards/accuracies rewards/margins objective/scores objective/gold objective/kl"
+        )
+        told = ", ".join(f"{n} {metrics[n]:.4f}" for n in shown.split() if n in metrics)
+        self.print(f"step {self.step:<6}held-out {told}")
+
+    def sample(self, held_out: Rows, policy: nn.Module, tokenizer: Any) -> None:
+        """Greedy answers to a few held-out prompts, when due."""
+        ends, every = self.step in (0, self.total_steps), self.args.sample_every
+        if ends or (every and self.step % every == 0):
             if report := beside("report"):
                 report.sample(self, held_out, policy, tokenizer)
         self.clock = time.perf_counter()  # a step's time is without its evaluation
@@ -728,6 +784,7 @@ class Run(Processes):
         if not MAIN_PROCESS:
             return
         facts = {"step": self.step, "skipped": self.skipped_in_a_row, "logs": self.log_sizes}
+        facts["kept"] = self.kept
         facts |= self._made_from()
         (temporary / "state.json").write_text(json.dumps(facts))
         files = sorted(temporary.iterdir())
@@ -758,7 +815,8 @@ class Run(Processes):
 
     def _made_from(self) -> dict:
         """What a checkpoint does not hold, but makes sense with alone."""
-        return {"rows": self.rows, "frozen": getattr(self.policy, "frozen_digest", None)}
+        digests = [getattr(module, "frozen_digest", None) for module in self.policy.modules()]
+        return {"rows": self.rows, "frozen": "+".join(d for d in digests if d) or None}
 
     def _refuse_other_data(self, facts: dict) -> dict:
         now, names = self._made_from(), {"rows": "--dataset", "frozen": "--model"}
@@ -773,6 +831,7 @@ class Run(Processes):
     def restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
         self.policy, self.optimizer, self.to_save = policy, optimizer, True
+        self.leader = getattr(policy, "policy", policy)  # of several models that are trained
         facts = {"step": 0, "skipped": 0, "logs": dict.fromkeys(LOGS, 0)}
         if newest := from_main(self._newest_whole)["folder"]:
             folder = Path(newest)
@@ -790,7 +849,7 @@ class Run(Processes):
                 set_optimizer_tensors(policy, optimizer, saved)
             say("resume", f"step {facts['step']} of {self.total_steps}, from {folder}")
         self.step, self.skipped_in_a_row = facts["step"], facts["skipped"]
-        self.log_sizes = facts["logs"]
+        self.log_sizes, self.kept = facts["logs"], facts.get("kept", {})
         if MAIN_PROCESS:  # what was logged after the checkpoint will be logged again
             for name, size in self.log_sizes.items():
                 if _size(self.folder / name) > size:
@@ -943,7 +1002,10 @@ def check_reference(ref_model: str | None, soup_weight: float) -> None:
     """Named before the policy is loaded."""
     if not 0 <= soup_weight <= 1:
         raise UserError(f"--soup-weight must be in [0, 1], got {soup_weight}")
-    for part in ref_model.split("+") if ref_model else ():
+    parts = ref_model.split("+") if ref_model else []
+    if len(parts) > 2:
+        raise UserError(f"--ref-model {ref_model}: a soup is of two models, a+b")
+    for part in parts:
         resolve_model(part, "--ref-model")
 
 
@@ -962,7 +1024,7 @@ def resolve_model(model: str, named: str = "--model") -> str:
     return sources.MODELS.get(model, model) if sources else model
 
 
-def _from_hub(load: Callable, model: str) -> Any:
+def _from_hub(load: Callable, model: str, named: str = "--model") -> Any:
     try:
         return load()
     except (OSError, ValueError) as error:
@@ -971,11 +1033,11 @@ def _from_hub(load: Callable, model: str) -> Any:
             raise
         if model_folder(model).is_dir():
             why = "it has no tokenizer that can be read" if no_tokenizer else first_line(error)
-            raise UserError(f"--model {model}: {why}") from None
+            raise UserError(f"{named} {model}: {why}") from None
         repo, sources = resolve_model(model), beside("sources")
         why = sources.hub_failure(error, repo, "model") if sources else first_line(error)
         raise UserError(
-            f"--model {model}: there is no such folder, and {why}; a folder with config.json, "
+            f"{named} {model}: there is no such folder, and {why}; a folder with config.json, "
             f"*.safetensors and tokenizer files serves too (`hf download {repo} --local-dir DIR` "
             "makes one where there is a network)"
         ) from None
@@ -990,14 +1052,14 @@ class Row:
     """A prompt and its responses as token ids. `prompt` begins with BOS where the model has one."""
 
     prompt: np.ndarray  # int32
-    responses: list[np.ndarray]  # K of them; EOS at the end unless cut
+    responses: list[np.ndarray]  # K of them (none: to be sampled); EOS at the end unless cut
     ask: (
         np.ndarray
     )  # what to generate from for a sample: the prompt, also where it counts as response
     scores: np.ndarray | None = None  # float64, one a response; of a labelled row 1 or 0
 
     def length(self) -> int:
-        return len(self.prompt) + max(map(len, self.responses))
+        return len(self.prompt) + max(map(len, self.responses), default=0)
 
     def tokens(self) -> int:
         """The prompt counted once."""
@@ -1044,7 +1106,7 @@ class LeftOut(str):
 def load_rows(
     dataset: str,
     eval_dataset: str | None,
-    kind: str,  # what the method takes: "pair", "ranked", "labelled" or "demonstration"
+    kind: str,  # what the method takes: "pair", "ranked", "labelled", "demonstration" or "prompt"
     tokenizer,
     max_length: int,  # tokens of prompt and response together
     max_prompt_length: int,  # tokens kept of a prompt whose row is too long
@@ -1087,7 +1149,8 @@ def _choose(rows: list[Row], most: int, tokenizer, tail: int) -> tuple[list[Row]
     its own): all rows of a prompt are on one side.
     """
     asks = len(tokenizer.bos)
-    keys = [row.ask[-tail:] if len(row.ask) > asks else row.responses[0] for row in rows]
+    asked = [len(row.ask) > asks or not row.responses for row in rows]
+    keys = [r.ask[-tail:] if of else r.responses[0] for r, of in zip(rows, asked, strict=True)]
     scored = [hashlib.sha256(key.tobytes()).digest()[:8] for key in keys]
     border = sorted(scored)[most] if most else b""
     chosen = [row for row, score in zip(rows, scored, strict=True) if score < border]
@@ -1185,7 +1248,7 @@ def by_tokenizer(tokenizer) -> Encode:
 def _find(raws, kind, pairs, targets, tokenizer, cut, prompt_too, encode: Encode) -> Found:
     """Rows as token ids. Their texts are encoded a chunk at a time, each text of a chunk once."""
     found = Found([], Counter(), [])
-    raws = iter(raws)
+    raws, asked = iter(raws), set()
     while chunk := list(islice(raws, CHUNK)):
         ready = [_texts_of(raw, found, kind, pairs, targets, tokenizer) for _, raw in chunk]
         records = [record for records, _ in ready for record in records]
@@ -1195,8 +1258,11 @@ def _find(raws, kind, pairs, targets, tokenizer, cut, prompt_too, encode: Encode
             try:
                 for record in records:
                     row = _tokenise(record, ids, tokenizer, cut, prompt_too, found.counts)
-                    if row is not None:
+                    if kind == "prompt" and row.prompt.tobytes() in asked:
+                        found.counts["with a prompt that was there before"] += 1
+                    elif row is not None:
                         found.rows += _taken_apart(row) if kind == "labelled" else [row]
+                        asked.add(row.prompt.tobytes() if kind == "prompt" else None)
                 if reason is not None:
                     raise reason
             except BadRow as why:
@@ -1281,6 +1347,7 @@ KINDS = {  # a row's kind is the first whose columns it has
     "demonstration": ("prompt", "completion"),
     "messages": ("messages",),
     "text": ("text",),
+    "prompt": ("prompt",),
 }
 
 
@@ -1310,7 +1377,13 @@ def _records(
     for column in (*KINDS[found], *["target"] * targets):
         if raw.get(column) is None:
             raise BadRow(f"no {column!r}")
-    if (kind, found) == ("demonstration", "messages"):
+    if kind == "prompt" and found == "messages":
+        yield Record(_dialogue(raw["messages"], "messages").prompt, [])
+    elif kind == "prompt" and found == "pair":
+        yield Record(_pair(raw).prompt, [])
+    elif kind == "prompt" and found != "text":
+        yield Record(_prompt(raw), [])
+    elif (kind, found) == ("demonstration", "messages"):
         yield _dialogue(raw["messages"], "messages")
     elif (kind, found) == ("demonstration", "text"):
         yield Record("", [_text(raw, "text")])
@@ -1359,6 +1432,7 @@ def _records(
             "pair": " or ranked ones",
             "ranked": " or pairs",
             "labelled": ", pairs or ranked ones",
+            "prompt": " or any others that have one",
         }
         raise BadRow(
             f"holds {found} rows; needed are {kind} rows ({', '.join(KINDS[kind])})"
@@ -1474,7 +1548,7 @@ class Texts:
 
 def _texts(record: Record, tokenizer) -> Texts:
     templated = isinstance(record.prompt, list)
-    if {isinstance(response, list) for response in record.responses} != {templated}:
+    if {isinstance(response, list) for response in record.responses} - {templated}:
         raise BadRow("prompt and responses must all be texts or all be lists of messages")
     prompt, responses = record.prompt, record.responses
     if templated:
@@ -1508,12 +1582,19 @@ def _tokenise(
     prompt = tokenizer.bos + prompt
     responses = [_with_eos(ids[text], tokenizer, record.templated) for text in record.responses]
 
+    if not responses:  # to sample from
+        if not prompt:
+            raise BadRow("the prompt is empty, and this tokenizer has no BOS to begin with")
+        if len(prompt) > max_prompt_length:
+            prompt = end_of(prompt, max_prompt_length, tokenizer)
+            counts["prompts cut"] += 1
+        beginning = np.array(prompt, np.int32)
+        return Row(beginning, [], beginning)
     if not prompt and len(responses) > 1:
         raise BadRow("the prompt is empty, and this tokenizer has no BOS to begin with")
     if len(prompt) + max(map(len, responses)) > max_length:
-        if len(prompt) > max_prompt_length:  # BOS and the end stay: the end is the question
-            keep = max_prompt_length - len(tokenizer.bos)
-            prompt = tokenizer.bos + prompt[len(prompt) - keep :]
+        if len(prompt) > max_prompt_length:
+            prompt = end_of(prompt, max_prompt_length, tokenizer)
             counts["prompts cut"] += 1
         room = max_length - len(prompt)
         counts["responses cut"] += sum(len(r) > room for r in responses)
@@ -1539,6 +1620,14 @@ def _tokenise(
     ask = beginning if asked is prompt else np.array(asked, np.int32)
     numbers = None if scores is None else np.array(scores, np.float64)
     return Row(beginning, [np.array(r, np.int32) for r in responses], ask, numbers)
+
+
+def end_of(prompt: Any, length: int, tokenizer) -> Any:
+    """A prompt that is too long, list or array: BOS and the end stay; the end is the question."""
+    start, rest = len(tokenizer.bos), len(prompt) - length + len(tokenizer.bos)
+    if isinstance(prompt, list):
+        return prompt[:start] + prompt[rest:]
+    return np.concatenate([prompt[:start], prompt[rest:]])
 
 
 def _render(record: Record, tokenizer) -> tuple[str, list[str]]:
@@ -1605,15 +1694,19 @@ def _report(dataset, split, kind, pairs, found: Found, how: str, tokenizer) -> N
         f"{dataset}: {counts['read']:,} {found.kind} rows{became}; "
         f"left out: {', '.join(lost) or 'none'}",
     )
-    responses = [r for row in rows for r in row.responses]
-    ended = sum(int(r[-1]) in tokenizer.stop_ids for r in responses) / len(responses)
-    quantiles = lambda lengths: "/".join(f"{q:.0f}" for q in np.quantile(lengths, (0.5, 0.95, 1)))  # noqa: E731
-    say(
-        "",
-        f"tokens (median/95 %/max): prompt {quantiles([len(row.prompt) for row in rows])}, "
-        f"response {quantiles([len(r) for r in responses])}; {counts['prompts cut']:,} prompts and "
-        f"{counts['responses cut']:,} responses cut; {ended:.1%} of responses end with EOS",
+    responses = [r for row in rows for r in row.responses] or [[]]
+    ended = kind != "prompt" and sum(int(r[-1]) in tokenizer.stop_ids for r in responses) / len(
+        responses
     )
+    quantiles = lambda lengths: "/".join(f"{q:.0f}" for q in np.quantile(lengths, (0.5, 0.95, 1)))  # noqa: E731
+    told = f"tokens (median/95 %/max): prompt {quantiles([len(row.prompt) for row in rows])}"
+    if kind == "prompt":
+        told += f"; {counts['prompts cut']:,} cut"
+    else:
+        told += f", response {quantiles([len(r) for r in responses])}; "
+        told += f"{counts['prompts cut']:,} prompts and {counts['responses cut']:,} responses cut; "
+        told += f"{ended:.1%} of responses end with EOS"
+    say("", told)
     if split == "train":
         row = rows[0]
         shown = " | ".join(f"«{tokenizer.decode(r)}»" for r in row.responses)
@@ -1643,6 +1736,7 @@ def load_policy(
     compile: bool = False,
     lora_rank: int = 0,
     name: str = "model",
+    scores: bool = False,  # instead of an output layer, a head that gives one number (scoring.py)
 ) -> nn.Module:
     """A decoder-only model with fp32 weights (float64 for tests), on this process's device or
     spread over all, dropout off. How it is to be asked for log-probs goes with it: `compute_dtype`,
@@ -1651,6 +1745,8 @@ def load_policy(
     spread = fsdp and run.world > 1
     say(name, f"{model}, {resolve_model(model)}" if resolve_model(model) != model else model)
     if model == "tiny-untrained":
+        if scores:
+            raise UserError("--model tiny-untrained: it has learned nothing that could be scored")
         import family
 
         torch.manual_seed(torch.initial_seed())  # whatever was drawn before
@@ -1658,9 +1754,14 @@ def load_policy(
         if attention := _attention_for(policy.config, attn, run.device):
             policy.set_attn_implementation(attention)
     else:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
 
-        config = _from_hub(lambda: AutoConfig.from_pretrained(resolve_model(model)), model)
+        kind = "AutoModelForSequenceClassification" if scores else "AutoModelForCausalLM"
+        kind, labels = getattr(transformers, kind), {"num_labels": 1} if scores else {}
+        load_config = transformers.AutoConfig.from_pretrained
+        config = _from_hub(lambda: load_config(resolve_model(model), **labels), model)
+        if not scores and "SequenceClassification" in str(config.architectures):
+            raise UserError(f"--model {model}: a reward model, which writes no text")
         if config.is_encoder_decoder or getattr(config, "quantization_config", None):
             raise UserError(
                 f"--model {model}: only decoder-only models with plain weights can be trained here"
@@ -1672,9 +1773,10 @@ def load_policy(
 
         def load() -> nn.Module:
             if spread and not MAIN_PROCESS:  # it will be sent its parts
-                return needed("sharding", "--fsdp").empty_policy(config, attention)
-            return AutoModelForCausalLM.from_pretrained(
+                return needed("sharding", "--fsdp").empty_policy(config, attention, kind)
+            return kind.from_pretrained(
                 resolve_model(model),
+                config=config,
                 dtype=torch.float32,
                 use_safetensors=True,
                 attn_implementation=attention,
@@ -1697,7 +1799,8 @@ def load_policy(
     longest = max(getattr(run, "lengths", None) or [64])
 
     def probe() -> dict:
-        _check_head(policy, model)
+        if not scores:
+            _check_head(policy, model)
         return {"refusal": _refusal_to_share(policy, longest) if share_prompt else None}
 
     if spread or lora_rank:  # in fp32 and on the CPU, before parts or bf16 are made of it
@@ -1954,6 +2057,7 @@ class Micro:
     slots: Tensor  # (N,) where each of them belongs in (B*K*T)
     shape: tuple[int, int, int]  # B, K, T: T is the longest response
     lengths: Tensor  # (B, K) response tokens, EOS included; 0: a row with fewer than K responses
+    ends: Tensor  # (B, K) index into input_ids, flattened, of a response's last token
     ref_logps: Tensor | None  # (B, K)
     tokens: int  # of prompts and responses, each counted once in either layout
     filled: int  # places of input_ids that are not padding
@@ -1966,16 +2070,18 @@ class Micro:
         """The k-th responses alone, of rows in the plain layout (Rows.apart)."""
         assert self.segments is None
         batch, many, longest = self.shape
-        line, at = self.picked // self.input_ids.shape[1], self.picked % self.input_ids.shape[1]
-        own = line % many == k
+        width = self.input_ids.shape[1]
+        line, at = self.picked // width, self.picked % width
+        own, at_end = line % many == k, self.ends % width
         return dataclasses.replace(
             self,
             input_ids=self.input_ids[k::many],
-            picked=(line // many * self.input_ids.shape[1] + at)[own],
+            picked=(line // many * width + at)[own],
             targets=self.targets[own],
             slots=(self.slots // (many * longest) * longest + self.slots % longest)[own],
             shape=(batch, 1, longest),
             lengths=self.lengths[:, k : k + 1],
+            ends=(at_end + self.ends // (many * width) * width)[:, k : k + 1],
             ref_logps=None if self.ref_logps is None else self.ref_logps[:, k : k + 1],
             scores=self.scores[:, k : k + 1],
         )
@@ -1983,7 +2089,7 @@ class Micro:
 
 def mean_length(rows: list[Row]) -> float:
     """Of the first responses."""
-    return sum(len(row.responses[0]) for row in rows) / max(1, len(rows))
+    return sum(len(r) for row in rows for r in row.responses[:1]) / max(1, len(rows))
 
 
 @dataclass
@@ -1996,6 +2102,7 @@ class Batch:
     prompts: int
     response_tokens: int
     step: int = 0
+    rows: list[int] = dataclasses.field(default_factory=list)  # of all processes
 
     def __iter__(self) -> Iterator[Micro]:
         return iter(self.micros)
@@ -2043,7 +2150,7 @@ def collate(
     ids, positions = np.zeros((2, lines, width), np.int64)
     segments = np.full((lines, width), many + 1)
     picked, targets, slots = [], [], []
-    lengths = np.zeros((len(rows), many), np.int64)
+    lengths, ends = np.zeros((2, len(rows), many), np.int64)
     scores = np.full((len(rows), many), np.nan)
     filled = 0
     for b, row in enumerate(rows):
@@ -2064,7 +2171,7 @@ def collate(
             picked.append(line * width + before)
             slots.append((b * many + k) * longest + np.arange(len(response)))
             targets.append(response)
-            lengths[b, k] = len(response)
+            lengths[b, k], ends[b, k] = len(response), line * width + place[-1]
             start, filled = start + len(response), filled + len(response)
     to = lambda array: torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device)  # noqa: E731
     return Micro(
@@ -2074,6 +2181,7 @@ def collate(
         *(to(np.concatenate(parts)) for parts in (picked, targets, slots)),
         (len(rows), many, longest),
         to(lengths),
+        to(ends),
         None if data.ref_logps is None else data.ref_logps[indexes, :many].to(device),
         sum(row.tokens() for row in rows),
         filled,
@@ -2093,32 +2201,36 @@ def micro_batches(lengths: list[int], indexes: list[int], size: int) -> list[lis
 # 5. Log-probs of responses
 
 
-def response_logps(policy: nn.Module, micro: Micro) -> tuple[Tensor, Tensor]:
+def response_logps(
+    policy: nn.Module, micro: Micro, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """(B, K) log pi(y_k | x), summed over response tokens, and (B, K) how many tokens that were."""
-    return response_token_logps(policy, micro).sum(-1), micro.lengths
+    return response_token_logps(policy, micro, temperature).sum(-1), micro.lengths
 
 
-def response_token_logps(policy: nn.Module, micro: Micro) -> Tensor:
+def response_token_logps(policy: nn.Module, micro: Micro, temperature: float = 1.0) -> Tensor:
     """(B, K, T) log pi of every response token, 0 past the end of a response."""
 
     def logps_of() -> Tensor:
         hidden = hidden_before_responses(policy, micro)  # (N, H)
-        return token_logps(hidden, head_of(policy), micro.targets, fused=policy.fused_logps)
+        head, fused = head_of(policy), policy.fused_logps
+        return token_logps(hidden, head, micro.targets, temperature, fused)
 
     with autocast(policy):
         # With --fsdp the weights, the head's among them, are whole only in here.
         logps = policy.during_forward(logps_of)
-    batch, many, longest = micro.shape
-    return (
-        logps.new_zeros(batch * many * longest)
-        .index_copy(0, micro.slots, logps)
-        .view(batch, many, longest)
-    )
+    return by_response(logps, micro)
 
 
-def hidden_before_responses(policy: nn.Module, micro: Micro) -> Tensor:
-    """(N, H) what each response token is predicted from. The logits of prompt and padding are never
-    made.
+def by_response(values: Tensor, micro: Micro) -> Tensor:
+    """(B, K, T) from one (N,) for every response token; 0 past the end of a response."""
+    places = values.new_zeros(int(np.prod(micro.shape)))
+    return places.index_copy(0, micro.slots, values).view(micro.shape)
+
+
+def hidden_before_responses(policy: nn.Module, micro: Micro, at: Tensor | None = None) -> Tensor:
+    """(N, H) what each response token is predicted from, or what stands `at` other indexes into
+    input_ids, flattened. The logits of prompt and padding are never made.
     """
     more = {}  # plain: attention is causal, so padding on the right is never seen
     if micro.segments is not None:
@@ -2129,7 +2241,7 @@ def hidden_before_responses(policy: nn.Module, micro: Micro) -> Tensor:
         mask = masks if len(masks) > 1 else next(iter(masks.values()))
         more = {"attention_mask": mask, "position_ids": micro.positions}
     states = policy.base_model(input_ids=micro.input_ids, use_cache=False, **more).last_hidden_state
-    return states.flatten(0, 1)[micro.picked]
+    return states.flatten(0, 1)[micro.picked if at is None else at]
 
 
 def _windows(config: Any) -> dict[str, int | None]:
@@ -2308,10 +2420,10 @@ def load_reference(ref_model: str, soup_weight: float, policy: nn.Module, run: R
 
 
 def make_optimizer(
-    policy: nn.Module, name: str, lr: float, weight_decay: float
+    policy: nn.Module, name: str, lr: float, weight_decay: float, adam_eps: float = 1e-8
 ) -> torch.optim.Optimizer:
-    """AdamW (0.9, 0.999, 1e-8) or RMSprop (PyTorch's defaults). Weight decay on matrices only, as
-    is usual.
+    """AdamW (0.9, 0.999, adam_eps) or RMSprop (PyTorch's defaults). Weight decay on matrices only,
+    as is usual.
     """
     matrices = [p for p in policy.parameters() if p.requires_grad and p.dim() > 1]
     vectors = [p for p in policy.parameters() if p.requires_grad and p.dim() <= 1]
@@ -2322,7 +2434,8 @@ def make_optimizer(
     groups = [group for group in groups if group["params"]]
     if name == "rmsprop":
         return torch.optim.RMSprop(groups, lr=lr)
-    return torch.optim.AdamW(groups, lr=lr, fused=True)  # one pass, no copies of all parameters
+    # One pass, no copies of all parameters.
+    return torch.optim.AdamW(groups, lr=lr, eps=adam_eps, fused=True)
 
 
 def schedule_factor(schedule: str, warmup_ratio: float, step: int, total: int) -> float:
@@ -2362,7 +2475,8 @@ def sum_gradients(parameters: list[nn.Parameter], bucket_bytes: int = 2**26) -> 
 # --------------------------------------------------------------------------------------------------
 # 8. Small things that the run needs
 
-LOGS = ("metrics.jsonl", "samples.jsonl")  # grow during a run; cut back to the checkpoint on resume
+# They grow during a run, and are cut back to the checkpoint on resume.
+LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 
 
 def optimizer_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -502,6 +502,55 @@ def measure(run, policy, start, tokenizer, n: int) -> dict[str, float]:
     }
 
 
+def measure_scores(run, model, start, tokenizer, n: int) -> dict[str, float]:
+    """A reward model on n fixed unseen prompts, four answers of the starting model to each, judged
+    as noisily as what it learned from. The true reward's own accuracy is what can be reached at
+    most (but for luck); equal rewards count as half.
+    """
+    import generation
+    import scoring
+
+    texts = test_prompts(n)
+    prompts = [np.array(tokenizer(text).input_ids, np.int32) for text in texts]
+    made = generation.generate(
+        start, prompts, tokenizer.stop_ids, MAX_NEW_TOKENS, 1.0, 4, run, label="answers", samples=4
+    )
+    asked = [i for i in range(n) for _ in range(4)]
+    reward_model = scoring.Reward("the trained model", tokenizer, run)
+    reward_model.model = model
+    scores = reward_model([prompts[i] for i in asked], made).tolist()
+    answers = [generation.text_of(ids, tokenizer) for ids in made]
+    true = reward([texts[i] for i in asked], answers)
+    pairs, right, ceiling, known, truly = 0, 0.0, 0.0, 0, 0.0
+    half = lambda a, b: float(a > b) + 0.5 * (a == b)  # noqa: E731
+    for i in range(n):
+        at = range(4 * i, 4 * i + 4)
+        judged = judge(texts[i], [answers[j] for j in at], random.Random(f"measured-{i}"))
+        judged = dict(zip(at, judged, strict=True))
+        for a, b in itertools.combinations(at, 2):
+            if answers[a] == answers[b]:
+                continue
+            a, b = (a, b) if judged[a] > judged[b] else (b, a)
+            pairs += 1
+            right += half(scores[a], scores[b])
+            ceiling += half(true[a], true[b])
+            if true[a] != true[b]:
+                known += 1
+                better, worse = (a, b) if true[a] > true[b] else (b, a)
+                truly += half(scores[better], scores[worse])
+    accuracy, ceiling = right / pairs, ceiling / pairs
+    return {
+        "prompts": n,
+        "pairs": pairs,
+        "accuracy/before": 0.5,
+        "accuracy": accuracy,
+        "ceiling": ceiling,
+        "share": (accuracy - 0.5) / (ceiling - 0.5),
+        "true_accuracy": truly / known,
+        "mean_score": float(np.mean(scores)),
+    }
+
+
 def judge_samples(model: str = "runs/sft", output_dir: str = "tiny", prompts: int = 12_000) -> None:
     """Four samples a prompt of a model, scored by the noisy annotator, as Parquet, beside a copy of
     that model.

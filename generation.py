@@ -1,18 +1,38 @@
 """Sampling: batched, with a key-value cache, imported only where something is generated.
 
 What a row gets does not depend on its batch mates, on the number of processes or on what was drawn
-before: token t of row i is found with the one uniform number that belongs to (seed, i, t), by
-inverting the cumulative distribution.
+before: token t of sample k of prompt i is found with the one uniform number that belongs to
+(seed, i, k, t), by inverting the cumulative distribution.
+
+How a batch goes: its prompts, padded on the left, go through the model once; what the cache then
+holds of each is copied for each of its K samples; from there on every row adds a token a pass. Rows
+that have ended leave the batch, and nothing more is computed for them.
+
+A model that is spread over processes (--fsdp) is put together on each of them while it samples, for
+else all weights would travel for every token. That costs each process the memory of one whole model
+in the dtype that it computes with, and is said when it happens; in return no process waits for
+another within a batch.
+
+`sample_and_score` keeps what it has made in a file, so that a run that was killed goes on with the
+same samples, to the last token.
 """
 
-from collections.abc import Iterator
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import common
+
+GIB = 2**30
 
 
 @torch.no_grad()
@@ -23,24 +43,37 @@ def generate(
     max_new_tokens: int,
     temperature: float,  # 0: greedy
     seed: int,
-    run: "common.Run",
-    batch_size: int = 256,
+    run: "common.Processes",
+    batch_size: int = 256,  # sequences; all samples of a prompt are in one batch
     label: str = "sampling",
+    samples: int = 1,  # K, a prompt
+    top_k: int = 0,  # only so many of the likeliest tokens are drawn; 0: all
+    first: int = 0,  # the number of the first prompt, where these are a part of a list
 ) -> list[np.ndarray]:
-    """One response a prompt, on every process; a response that reached its end has the stop token
-    at its end.
+    """K responses a prompt, one prompt's after another's, on every process; a response that reached
+    its end has the stop token at its end.
     """
+    if temperature == 0 and samples > 1:
+        raise ValueError(f"greedy (temperature 0) gives {samples} equal samples: ask for one")
     softcap = getattr(policy.config, "attn_logit_softcapping", None)
     eager = policy.config._attn_implementation == "eager" or softcap
+    size = max(1, batch_size // samples)  # prompts
     if policy.dtype == torch.float64 and eager:
-        batch_size = 1  # Transformers' eager softmax is fp32: there a row of padding alone is NaN
+        size = 1  # Transformers' eager softmax is fp32: there a row of padding alone is NaN
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    parts = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
-    found = torch.full((len(prompts), max_new_tokens), -1, dtype=torch.int64)
+    parts = [order[at : at + size] for at in range(0, len(order), size)]
+    found = torch.full((len(prompts), samples, max_new_tokens), -1, dtype=torch.int32)
+    drawn, begin = 0, time.perf_counter()
+    _say_what_spread_costs(policy)
     with _attention_for_sampling(policy), common.weights_together(policy):
-        for part, _ in run.share(parts, label):
-            # One stream of uniforms a row: not moved by who else is in the batch.
-            streams = [np.random.default_rng([seed, i]).random(max_new_tokens) for i in part]
+        for part, mine in run.share(parts, label):
+            # One stream of uniforms a row: not moved by who else is in the batch. For numpy
+            # [seed, i, 0] is [seed, i], so the first sample of many is that of one alone.
+            streams = [
+                np.random.default_rng([seed, first + i, k]).random(max_new_tokens)
+                for i in part
+                for k in range(samples)
+            ]
             new = _generate_batch(
                 policy,
                 [prompts[i] for i in part],
@@ -48,11 +81,27 @@ def generate(
                 max_new_tokens,
                 temperature,
                 torch.from_numpy(np.stack(streams)),
+                samples,
+                top_k,
             )
-            found[part, : new.shape[1]] = new.cpu()
+            if not mine:
+                continue
+            found[part] = new.view(len(part), samples, -1).to("cpu", torch.int32)
+            drawn += int((new >= 0).sum())
+            if bar := getattr(run, "inner_bar", None):
+                speed = drawn * run.world / (time.perf_counter() - begin)  # the others do as much
+                bar.set_postfix_str(f"{speed:,.0f} tok/s", refresh=False)
     if run.world > 1:  # every row was made by one process; elsewhere it is -1
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return [row[row >= 0].numpy().astype(np.int32) for row in found]
+    return [row[row >= 0].numpy() for row in found.flatten(0, 1)]
+
+
+def _say_what_spread_costs(policy: nn.Module) -> None:
+    spread = hasattr(next(policy.parameters()), "full_tensor")
+    if spread and not getattr(policy, "sampling_cost_said", False):
+        policy.sampling_cost_said = True
+        held = sum(p.numel() for p in policy.parameters()) * policy.compute_dtype.itemsize / GIB
+        common.say("sampling", f"all weights together on each process: {held:.2f} GiB more there")
 
 
 @contextmanager
@@ -79,23 +128,23 @@ def _generate_batch(
     stop_ids: frozenset[int],
     max_new_tokens: int,
     temperature: float,
-    uniforms: Tensor,  # (B, max_new_tokens) in [0, 1)
+    uniforms: Tensor,  # (B * K, max_new_tokens) in [0, 1)
+    samples: int = 1,  # K
+    top_k: int = 0,
 ) -> Tensor:
-    """(B, T) new tokens, -1 after the end of a row."""
+    """(B * K, max_new_tokens) new tokens, -1 after the end of a row."""
     device, width = policy.device, max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(
-        prompts
-    ):  # padded on the left, so that all rows grow on the right together
+    # Padded on the left, so that all rows grow on the right together.
+    for i, prompt in enumerate(prompts):
         ids[i, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
         mask[i, width - len(prompt) :] = 1
     ids, mask, uniforms = ids.to(device), mask.to(device), uniforms.to(device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # a row's first real token is at position 0
     stops = torch.tensor(sorted(stop_ids), device=device)
-    found = torch.full((len(prompts), max_new_tokens), -1, device=device)
-    rows = torch.arange(len(prompts), device=device)  # which row of `found` a row of the batch is
-    running = torch.ones_like(rows, dtype=torch.bool)
+    found = torch.full(uniforms.shape, -1, device=device)
+    rows = torch.arange(len(found), device=device)  # which row of `found` a row of the batch is
     cache = None
     for t in range(max_new_tokens):
         with common.autocast(policy):
@@ -103,33 +152,178 @@ def _generate_batch(
                 input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                 use_cache=True, logits_to_keep=1,
             )  # fmt: skip
-        cache, logits = out.past_key_values, out.logits[:, -1].double()  # (B, V)
-        if temperature == 0:
-            token = logits.argmax(-1)
-        else:
-            # The uniform is scaled to the last entry, not to 1: rounding never steps past the end.
-            # CUDA's cumsum is not the same bit for bit, so --deterministic would refuse it there.
-            exact = torch.are_deterministic_algorithms_enabled()
-            cumulative = (
-                (logits / temperature).softmax(-1).to("cpu" if exact else device).cumsum(-1)
+        cache, logits, positions = out.past_key_values, out.logits[:, -1], positions[:, -1:]
+        if t == 0 and samples > 1:  # the prompts are done: from B rows to B * K
+            cache.batch_repeat_interleave(samples)
+            logits, mask, positions = (
+                x.repeat_interleave(samples, 0) for x in (logits, mask, positions)
             )
-            at = uniforms[rows, t, None].to(cumulative) * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, at, right=True)[:, 0].to(device)
-            token = token.clamp(max=logits.shape[-1] - 1)
-        found[rows[running], t] = token[running]
-        running = running & ~torch.isin(token, stops)
-        if not running.any():
+        token = _draw(logits, temperature, top_k, uniforms[rows, t, None])
+        found[rows, t] = token
+        left = (~torch.isin(token, stops)).nonzero()[:, 0]
+        if not len(left):
             break
-        ids, positions = token[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        if running.sum() <= len(rows) // 2:  # most have ended: go on with the others alone
-            left = running.nonzero()[:, 0]
+        if len(left) < len(rows):  # the others have ended: go on without them
             cache.batch_select_indices(left)
-            ids, positions, mask = ids[left], positions[left], mask[left]
-            rows, running = rows[left], running[left]
+            token, mask, positions, rows = (x[left] for x in (token, mask, positions, rows))
+        ids, positions = token[:, None], positions + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
     return found
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int, uniforms: Tensor) -> Tensor:
+    """(R,) tokens: of each row of logits (R, V) the one that its uniform number (R, 1) is for."""
+    device, logits = logits.device, logits.double()
+    if temperature == 0:
+        return logits.argmax(-1)
+    among = None
+    if 0 < top_k < logits.shape[-1]:
+        # Of those level with the last that may be drawn, the lower ids: always exactly so many.
+        least = logits.topk(top_k).values[:, -1:]
+        above, level = logits > least, logits == least
+        kept = above | (level & (level.cumsum(-1) <= top_k - above.sum(-1, keepdim=True)))
+        among = kept.nonzero()[:, 1].view(-1, top_k)  # (R, top_k) ids, in their order
+        logits = logits.gather(-1, among)
+    # The uniform is scaled to the last entry, not to 1: rounding never steps past the end.
+    # CUDA's cumsum is not the same bit for bit, so --deterministic would refuse it there.
+    exact = torch.are_deterministic_algorithms_enabled()
+    cumulative = (logits / temperature).softmax(-1).to("cpu" if exact else device).cumsum(-1)
+    at = uniforms.to(cumulative) * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, at, right=True).to(device)
+    place = place.clamp(max=logits.shape[-1] - 1)
+    return (place if among is None else among.gather(-1, place))[:, 0]
 
 
 def text_of(ids: np.ndarray, tokenizer) -> str:
     """A response as text, without its end."""
     return tokenizer.decode([int(i) for i in ids if int(i) not in tokenizer.stop_ids])
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples and their scores, kept
+
+
+@dataclass
+class Sampled:
+    prompt: np.ndarray  # token ids
+    responses: list[np.ndarray]  # K, token ids; the stop token at the end of those that reached it
+    scores: np.ndarray  # (K,) float64
+
+
+def sample_and_score(
+    policy: nn.Module,
+    prompts: list[np.ndarray],
+    tokenizer,
+    reward: Callable[[list[np.ndarray], list[np.ndarray]], Tensor],  # (N,), equal everywhere
+    run: "common.Processes",
+    file: Path,  # a JSON line a prompt; what it depends on is in the .json beside it
+    facts: dict[str, Any],  # all that the samples and scores depend on, as JSON knows it
+    samples: int,  # K, a prompt
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    seed: int,
+    chunk: int = 256,  # prompts sampled, scored and written at a time
+    label: str = "sampling",
+) -> list[Sampled]:
+    """K scored responses a prompt, on every process. What `file` holds already, made under the same
+    facts, is read. It is a data set of ranked rows too, for scripts that learn from them.
+    """
+    if not prompts:
+        raise common.UserError("there is no prompt to sample an answer to")
+    there: list[dict] = []  # read by the main process alone: other machines have other disks
+
+    def look() -> dict:
+        there.extend(_kept(file, facts, prompts, samples, chunk))
+        return {"prompts": len(there)}
+
+    done = common.from_main(look)["prompts"]
+    result: list[Sampled] = []
+    made, seconds, chunks = 0, 0.0, -(-len(prompts) // chunk)
+    for at in range(0, len(prompts), chunk):
+        run.stop_if_asked()  # what is in the file by now is not lost
+        asked = prompts[at : at + chunk]
+        if at < done:
+            part = common.from_main(lambda at=at: {"rows": there[at : at + chunk]})["rows"]
+            for prompt, row in zip(asked, part, strict=True):
+                responses = [np.array(ids, np.int32) for ids in row["response_ids"]]
+                result.append(Sampled(prompt, responses, np.array(row["scores"], np.float64)))
+            continue
+        begin = time.perf_counter()
+        responses = generate(
+            policy, asked, tokenizer.stop_ids, max_new_tokens, temperature, seed, run,
+            label=f"{label} {at // chunk + 1}/{chunks}", samples=samples, top_k=top_k, first=at,
+        )  # fmt: skip
+        seconds += time.perf_counter() - begin
+        made += sum(map(len, responses))
+        scores = reward([prompt for prompt in asked for _ in range(samples)], responses)
+        new = [
+            Sampled(prompt, responses[k : k + samples], scores[k : k + samples].numpy())
+            for prompt, k in zip(asked, range(0, len(responses), samples), strict=True)
+        ]
+        if common.MAIN_PROCESS:
+            _append(file, new, tokenizer)
+        result += new
+    answers = f"{len(result) * samples:,} answers to {len(result):,} prompts"
+    told = [f"{made / seconds:,.0f} tokens/s"] if done < len(prompts) else []
+    if done:
+        told.append(f"{f'those to {done:,} prompts ' if told else ''}from {file}")
+    common.say("sampling", f"{answers}: {', '.join(told)}")
+    return result
+
+
+def _kept(
+    file: Path, facts: dict, prompts: list[np.ndarray], samples: int, chunk: int
+) -> list[dict]:
+    """The rows of whole chunks in a file made under the same facts; the rest of it is cut off."""
+    beside, rows, end = file.with_suffix(".json"), [], 0
+    try:
+        known = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = None
+    same = known == json.loads(json.dumps({"facts": facts}))
+    ends = [0]  # where each row ends, in bytes
+    if file.is_file() and same:
+        with open(file, "rb") as f:
+            for line, prompt in zip(f, prompts, strict=False):
+                row = common.parse_json(line)
+                if not line.endswith(b"\n") or not _is_of(row, prompt, samples):
+                    break
+                rows.append(row)
+                ends.append(ends[-1] + len(line))
+        if len(rows) < len(prompts):
+            rows = rows[: len(rows) // chunk * chunk]
+        end = ends[len(rows)]
+    elif file.is_file():
+        common.say("sampling", f"{file} was made under other settings: started anew")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Empty before the new facts stand beside it: old samples never pass for theirs.
+    with open(file, "ab") as f:
+        f.truncate(end)
+        os.fsync(f.fileno())
+    if not same:
+        common.write_atomically(beside, json.dumps({"facts": facts}, indent=1) + "\n")
+    return rows
+
+
+def _is_of(row: Any, prompt: np.ndarray, samples: int) -> bool:
+    if not isinstance(row, dict) or row.get("prompt_ids") != prompt.tolist():
+        return False
+    return len(row.get("response_ids", ())) == len(row.get("scores", ())) == samples
+
+
+def _append(file: Path, rows: list[Sampled], tokenizer) -> None:
+    bos = tokenizer.bos
+    with open(file, "a", encoding="utf-8") as f:
+        for row in rows:
+            ids = row.prompt.tolist()
+            record = {
+                "prompt": tokenizer.decode(ids[len(bos) :] if ids[: len(bos)] == bos else ids),
+                "responses": [text_of(response, tokenizer) for response in row.responses],
+                "scores": row.scores.tolist(),
+                "prompt_ids": ids,
+                "response_ids": [response.tolist() for response in row.responses],
+            }
+            f.write(json.dumps(record) + "\n")
+        f.flush()
+        os.fsync(f.fileno())

@@ -17,7 +17,11 @@ FAMILY_PROMPTS = 1024
 
 
 def sample(run: "common.Run", held_out: "common.Rows", policy: Any, tokenizer: Any) -> None:
-    """Greedy answers to the same few held-out prompts, to samples.jsonl and to the screen."""
+    """Greedy answers to the same few held-out prompts, to samples.jsonl and to the screen; of a
+    reward model the scores that it gives to the rows' own answers.
+    """
+    if hasattr(policy, "score"):
+        return scored(run, held_out, policy, tokenizer)
     rows = [row for row in held_out.rows if len(row.ask)][:SAMPLED_PROMPTS]
     if not rows:
         return
@@ -44,6 +48,29 @@ def sample(run: "common.Run", held_out: "common.Rows", policy: Any, tokenizer: A
     run.print(f"            sample: ...{question[-60:]!r} -> {answer[:100]!r}")
 
 
+@torch.no_grad()
+def scored(run: "common.Run", held_out: "common.Rows", model: Any, tokenizer: Any) -> None:
+    import scoring
+
+    if not (chosen := list(range(len(held_out)))[:SAMPLED_PROMPTS]):
+        return
+    micro = common.collate(held_out, chosen, run.device)
+    scores = scoring.response_scores(model, micro).tolist()  # (B, K)
+    if not common.MAIN_PROCESS:
+        return
+    with open(run.folder / "samples.jsonl", "a", encoding="utf-8") as f:
+        for i, given in zip(chosen, scores, strict=True):
+            row = held_out.rows[i]
+            texts = [generation.text_of(ids, tokenizer) for ids in row.responses]
+            record = {"step": run.step, "prompt": tokenizer.decode(row.prompt), "responses": texts}
+            f.write(json.dumps(record | {"scores": given[: len(texts)]}) + "\n")
+    told = ", ".join(
+        f"{score:+.2f} {generation.text_of(ids, tokenizer)[:40]!r}"
+        for score, ids in zip(scores[0], held_out.rows[chosen[0]].responses, strict=False)
+    )
+    run.print(f"            scores, best answer first: {told}")
+
+
 def read_metrics(run: "common.Run") -> tuple[list[dict], list[dict]]:
     """(training steps, evaluations)."""
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -52,6 +79,14 @@ def read_metrics(run: "common.Run") -> tuple[list[dict], list[dict]]:
 
 PANELS = (
     ("loss", ("loss",)),
+    ("score of an answer", ("objective/scores",)),
+    ("KL from the reference, nats an answer", ("objective/kl",)),
+    ("weight of the KL", ("objective/kl_coef",)),
+    ("entropy, nats an answer", ("objective/entropy",)),
+    ("loss of the policy", ("loss/policy",)),
+    ("loss of the value network", ("loss/value",)),
+    ("value: share of the returns explained", ("val/explained_variance",)),
+    ("share of ratios that are clipped", ("policy/clipfrac",)),
     ("NLL of chosen answers, nats a token", ("nll_loss",)),
     ("the loss without its regulariser", ("hinge_loss", "chain_loss")),
     ("estimate of the KL", ("kl",)),
@@ -108,15 +143,17 @@ def curves(run: "common.Run") -> None:
 
 def closing(run: "common.Run", policy: Any, tokenizer: Any) -> str:
     """What improved, where the files lie, what to type next."""
-    measured = {}
-    if run.args.dataset.split(":")[0] == "family":
+    measured, reward_model = {}, hasattr(policy, "score")
+    family_task = run.args.dataset.split(":")[0] == "family"
+    if family_task and not (reward_model and common.beside("scoring").labels_of(run.args.model)):
         import family
 
         torch.manual_seed(run.args.seed)  # `tiny-untrained` is made again: with the same weights
         start = common.load_policy(
             run.args.model, run.args.dtype, run, fsdp=run.args.fsdp, name="start"
         )
-        measured = family.measure(run, policy, start, tokenizer, FAMILY_PROMPTS)
+        measure = family.measure_scores if reward_model else family.measure
+        measured = measure(run, policy, start, tokenizer, FAMILY_PROMPTS)
     if not common.MAIN_PROCESS:
         return ""
     curves(run)
@@ -137,14 +174,25 @@ def closing(run: "common.Run", policy: Any, tokenizer: Any) -> str:
         text.append(f"  {name:<42}{shown[0]:>9}{shown[1]:>9}{change:>9}".rstrip())
 
     if len(evaluations) > 1:
-        names = "loss kl rewards/accuracies rewards/margins rewards/chosen rewards/rejected"
-        names = [*names.split(), "logps/chosen", "logps/rejected"]
+        names = "loss objective/scores objective/gold objective/kl".split()
+        names += "kl rewards/accuracies rewards/margins rewards/chosen rewards/rejected".split()
+        names += ["logps/chosen", "logps/rejected"]
         if "eval/rewards/margins" in evaluations[0]:  # which says it of both
             names = [name for name in names if name not in ("rewards/chosen", "rewards/rejected")]
         for name in names:
             if all(f"eval/{name}" in evaluations[i] for i in (0, -1)):
                 line(f"{name}, held-out rows", *(evaluations[i][f"eval/{name}"] for i in (0, -1)))
-    if measured:
+    if measured and reward_model:
+        text.append(
+            f"on {measured['pairs']:,} noisily judged pairs of four answers each to "
+            f"{measured['prompts']:,} unseen test questions"
+        )
+        line("accuracy", measured["accuracy/before"], measured["accuracy"])
+        line("accuracy of the true reward itself", None, measured["ceiling"])
+        line("share of what can be learned", None, measured["share"])
+        line("accuracy against the true reward", None, measured["true_accuracy"])
+        line("mean score of those answers", None, measured["mean_score"])
+    elif measured:
         text.append(f"on {measured['prompts']:,} unseen test questions")
         line(
             "true reward, sampled at temperature 1",
@@ -160,8 +208,9 @@ def closing(run: "common.Run", policy: Any, tokenizer: Any) -> str:
             measured["sampled/before"],
             measured["cooled/before"],
         )
-        common.write_atomically(run.folder / "measured.json", json.dumps(measured, indent=1) + "\n")
     folder = run.folder
+    if measured:
+        common.write_atomically(folder / "measured.json", json.dumps(measured, indent=1) + "\n")
     text += [
         f"files       {folder}: a model that plain Transformers loads,",
         "            curves.png, samples.jsonl, metrics.jsonl, run.json, checkpoint-*",
@@ -173,4 +222,6 @@ def closing(run: "common.Run", policy: Any, tokenizer: Any) -> str:
 def next_command(run: "common.Run") -> str:
     if run.script.stem == "sft":
         return f"python dpo.py --model {run.folder}"
+    if run.script.stem == "reward_model":
+        return f"python ppo.py --model {run.args.model} --reward {run.folder}"
     return f"python {run.script.name} --help, and {run.folder / 'curves.png'}"

@@ -30,16 +30,12 @@ from torch.distributed.tensor import DTensor
 import common
 
 
-def empty_policy(config: Any, attention: str | None) -> nn.Module:
+def empty_policy(config: Any, attention: str | None, kind: type) -> nn.Module:
     """A model whose weights are not there yet: memory that nobody has written to costs nothing.
     Only the main process reads the file; the others are sent their parts.
     """
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        policy = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention
-        )
+        policy = kind.from_config(config, dtype=torch.float32, attn_implementation=attention)
     policy.to_empty(device="cpu")
     policy.tie_weights()
     return policy

@@ -49,6 +49,7 @@ RICHER = {  # what can be turned into a kind, the nearest first
     "pair": ("pair", "ranked"),
     "ranked": ("ranked", "pair"),
     "labelled": ("labelled", "pair", "ranked"),
+    "prompt": ("demonstration", "pair", "ranked", "labelled"),
 }
 
 

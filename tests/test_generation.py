@@ -2,7 +2,9 @@
 follow the softmax.
 """
 
+import math
 import signal
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ import transformers
 from conftest import ARCHITECTURES
 
 import common
-from generation import generate, text_of
+import family
+import generation
+from generation import _draw, generate, text_of
 
 VOCABULARY = 300  # ids that the tests' models and tokenizers both have
 NEVER = frozenset([10_000])  # a stop id beyond the vocabulary of 320
@@ -60,8 +64,9 @@ def chi_square(counts: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
     The statistic has the mean `classes - 1` and twice that as variance; 5 standard deviations.
     """
     rare = expected < 5
-    counts = np.append(counts[~rare], counts[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
+    if rare.any():
+        counts = np.append(counts[~rare], counts[rare].sum())
+        expected = np.append(expected[~rare], expected[rare].sum())
     free = len(counts) - 1
     return ((counts - expected) ** 2 / expected).sum(), free + 5 * (2 * free) ** 0.5
 
@@ -220,6 +225,237 @@ def test_the_uniform_is_inverted_without_a_gap(policy_of, run, monkeypatch):
     for value, token in ((0.0, 0), (1 - 2.0**-53, 319)):
         monkeypatch.setattr(np.random, "default_rng", lambda seed, value=value: Uniform(value))
         assert lists(generate(policy, [prompt], NEVER, 1, 1.0, 0, run)) == [[token]]
+
+
+# Of the embedded model, float32, temperature 1, seed 1: each answer up to its end.
+USUAL = [
+    " Jonas",
+    " Erik",
+    " Clara, Gina",
+    " Cid, Gina",
+    " Gus",
+    " Ida",
+    " Joel, Lou",
+    " Jonas",
+    " Mila",
+    " Rosa, Bea, Asa",
+    " Luis, Dora, Omar",
+    " Lena, Erik",
+    " Sven, Dara, Jack",
+    " Luis",
+    " Tilda",
+    " Viktor",
+    " Judith, Amir, Felix",
+    " Olga, Una",
+    " Erik, Nora",
+    " Ines, Theo, Pia",
+    " Lou",
+    " Yuri, Una",
+    " Erik",
+    " Omar",
+]
+
+
+def test_samples_are_those_that_they_were(run):
+    """Results that were published came from these: a prompt's one sample is that of its own stream
+    of uniforms, whatever else generate has learned since.
+    """
+    tokenizer = common.load_tokenizer("tiny", 1)
+    policy = common.load_policy("tiny", "float32", run)
+    prompts = [np.array(tokenizer(x).input_ids, np.int32) for x in family.test_prompts(24)]
+    answers = generate(policy, prompts, tokenizer.stop_ids, 16, 1.0, 1, run)
+    assert [text_of(answer, tokenizer) for answer in answers] == USUAL
+
+
+# -- several samples a prompt
+
+
+@contextmanager
+def passes_of(policy):
+    """A list that grows by (rows, columns, real tokens, whether it is the first) with each forward
+    pass.
+    """
+    seen = []
+
+    def look(module, args, inputs):
+        first, ids = inputs["past_key_values"] is None, inputs["input_ids"]
+        real = int(inputs["attention_mask"].sum()) if first else ids.numel()
+        seen.append((*ids.shape, real, first))
+
+    handle = policy.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sample_k_depends_neither_on_the_number_of_samples_nor_on_the_batch(
+    architecture, policy_of, run
+):
+    """Copies of a cache are what a prompt of its own would have left there, windows included."""
+    policy, prompts = policy_of(architecture, "float64"), random_prompts()
+    stops = frozenset(range(0, 320, 12))
+
+    def sample(samples: int, size: int = 256) -> list[list[list[int]]]:
+        made = lists(generate(policy, prompts, stops, 12, 1.0, 5, run, size, samples=samples))
+        assert len(made) == samples * len(prompts)
+        return [made[i * samples : (i + 1) * samples] for i in range(len(prompts))]
+
+    expected = sample(5)
+    assert [len({tuple(answer) for answer in of}) for of in expected] == [5] * len(prompts)
+    assert len({len(answer) for of in expected for answer in of}) > 5  # they end here and there
+    for samples, size in ((5, 1), (5, 12), (3, 256), (2, 7), (1, 256)):
+        assert sample(samples, size) == [of[:samples] for of in expected]
+
+
+def test_samples_share_the_prefill(policy_of, run):
+    """A prompt's tokens go through the model once, however many samples it has."""
+    policy, prompts = policy_of("llama", "float32"), random_prompts()
+    for samples, size, parts in ((1, 256, 1), (16, 256, 1), (4, 8, 4), (9, 4, 7)):
+        with passes_of(policy) as passes:
+            generate(policy, prompts, NEVER, 3, 1.0, 0, run, size, samples=samples)
+        prefills = [p for p in passes if p[3]]
+        assert len(prefills) == parts
+        assert sum(rows for rows, *_ in prefills) == len(prompts)
+        assert sum(real for _, _, real, _ in prefills) == sum(map(len, prompts))
+        later = [p for p in passes if not p[3]]
+        assert sum(rows for rows, *_ in later) == 2 * samples * len(prompts)
+        # A batch has as many sequences as were asked for, and at least all of one prompt.
+        assert max(rows for rows, *_ in later) <= max(size, samples)
+        assert {columns for _, columns, _, _ in later} == {1}
+
+
+@pytest.mark.parametrize("samples", (1, 6))
+def test_rows_that_have_ended_are_not_computed(samples, policy_of, run):
+    policy, prompts = policy_of("mistral", "float32"), random_prompts()
+    stops = frozenset(range(0, 320, 8))
+    with passes_of(policy) as passes:
+        answers = generate(policy, prompts, stops, 20, 1.0, 2, run, samples=samples)
+    assert len({len(answer) for answer in answers}) > 3
+    going_on = [  # those that have drawn t tokens, no end among them
+        sum(len(a) > t or (len(a) == t and int(a[-1]) not in stops) for a in answers)
+        for t in range(1, 20)
+    ]
+    assert [rows for rows, _, _, first in passes if not first] == [n for n in going_on if n]
+
+
+def test_streams_of_samples(policy_of, run):
+    """Each (seed, prompt, sample) has its own; prompts may be numbered from elsewhere."""
+    policy, (prompt,) = policy_of("llama", "float64"), random_prompts((6,))
+    sample = lambda n, seed, **more: lists(  # noqa: E731
+        generate(policy, [prompt] * n, NEVER, 12, 1.0, seed, run, **more)
+    )
+    drawn = sample(4, 1, samples=4) + sample(4, 2, samples=4)
+    assert len({tuple(answer) for answer in drawn}) == 32
+    assert sample(2, 1, samples=4, first=2) == drawn[8:16]
+    assert sample(1, 1, first=3) == drawn[12:13]
+
+
+def test_greedy_has_one_sample(policy_of, run):
+    with pytest.raises(ValueError, match="ask for one"):
+        generate(policy_of("llama", "float32"), random_prompts(), NEVER, 4, 0.0, 0, run, samples=2)
+
+
+def test_no_prompts_no_answers(policy_of, run):
+    assert generate(policy_of("llama", "float32"), [], NEVER, 4, 1.0, 0, run, samples=3) == []
+
+
+# -- top-k
+
+
+def test_top_k_is_the_softmax_of_the_k_likeliest(policy_of, run):
+    """Their probabilities in proportion; nothing else is ever drawn."""
+    n, k, temperature = 4000, 7, 0.25
+    policy, (prompt,) = policy_of("llama", "float32"), random_prompts((5,))
+    samples = generate(policy, [prompt], NEVER, 1, temperature, 3, run, samples=n, top_k=k)
+    probabilities = next_token_probabilities(policy, prompt, temperature)
+    likeliest = np.argsort(-probabilities)[:k]
+    counts = np.bincount(np.concatenate(samples), minlength=320)
+    assert set(counts.nonzero()[0].tolist()) == set(likeliest.tolist())
+    counts, allowed = counts[likeliest], probabilities[likeliest]
+    found, most = chi_square(counts, n * allowed / allowed.sum())
+    assert found < most
+    # It would be seen if the temperature were left out.
+    allowed = allowed**temperature
+    found, most = chi_square(counts, n * allowed / allowed.sum())
+    assert found > most
+
+
+def test_top_k_of_one_is_greedy_and_of_all_is_no_limit(policy_of, run):
+    policy, prompts = policy_of("qwen2", "float64"), random_prompts()
+    greedy = lists(generate(policy, prompts, NEVER, 8, 0.0, 0, run))
+    assert lists(generate(policy, prompts, NEVER, 8, 1.0, 5, run, top_k=1)) == greedy
+    usual = lists(generate(policy, prompts, NEVER, 8, 1.0, 5, run))
+    for k in (0, 320, 1000):
+        assert lists(generate(policy, prompts, NEVER, 8, 1.0, 5, run, top_k=k)) == usual
+
+
+@pytest.mark.parametrize("k, allowed", ((1, [1]), (2, [1, 2]), (3, [1, 2, 4]), (4, [1, 2, 4, 6])))
+def test_ties_at_the_border_of_top_k(k, allowed):
+    """Exactly k, the lower id first, and the last of them even for the largest uniform."""
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0, 2.0, -5.0, 2.0, 1.5]])
+    uniforms = torch.cat([torch.arange(0, 1, 1 / 512), torch.tensor([1 - 2.0**-53])])
+    uniforms = uniforms.double()[:, None]
+    drawn = _draw(logits.expand(len(uniforms), -1), 1.0, k, uniforms)
+    assert drawn.unique().tolist() == allowed
+    assert drawn[0] == allowed[0] and drawn[-1] == allowed[-1]
+
+
+def test_top_k_on_rows_of_their_own(policy_of, run):
+    """Each row has its own k likeliest tokens: nothing is shared over the batch."""
+    torch.manual_seed(0)
+    logits, uniforms = torch.randn(50, 40), torch.rand(50, 1, dtype=torch.float64)
+    together = _draw(logits, 0.7, 5, uniforms)
+    for i in range(50):
+        values = [math.exp(x / 0.7) for x in logits[i].double().tolist()]
+        kept = sorted(sorted(range(40), key=lambda j: -values[j])[:5])  # noqa: B023
+        at, total = 0.0, sum(values[j] for j in kept)
+        for token in kept:
+            at += values[token] / total
+            if at > float(uniforms[i]):
+                break
+        assert int(together[i]) == token
+
+
+# -- what is shown
+
+
+def test_speed_is_shown(policy_of, run, monkeypatch):
+    """On the bar of run.share: tokens drawn so far, of all processes."""
+    shown = []
+
+    class Bar:
+        def set_postfix_str(self, text, refresh):
+            shown.append(text)
+
+    class Shown:
+        world, rank = 1, 0
+        inner_bar = Bar()
+        share = staticmethod(lambda parts, label: ((part, True) for part in parts))
+
+    clock = iter([10.0, 12.0, 14.0])
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: next(clock))
+    policy, prompts = policy_of("llama", "float32"), random_prompts((3, 4, 5, 6))
+    generate(policy, prompts, NEVER, 100, 1.0, 0, Shown(), 10, samples=5)
+    assert shown == ["500 tok/s", "500 tok/s"]  # 1,000 tokens in 2 s, then 2,000 in 4 s
+
+
+def test_what_a_spread_model_costs_is_said_once(policy_of, run, monkeypatch, capsys):
+    policy, prompts = policy_of("llama", "bfloat16"), random_prompts((3, 4))
+    generate(policy, prompts, NEVER, 2, 1.0, 0, run)
+    assert "more there" not in capsys.readouterr().out  # it is not spread
+    monkeypatch.setattr(common, "weights_together", lambda policy: nullcontext())
+    first = next(policy.parameters())
+    first.full_tensor = lambda: first  # what tells a spread weight
+    monkeypatch.setattr(policy, "compute_dtype", torch.bfloat16)
+    numbers = sum(p.numel() for p in policy.parameters())
+    monkeypatch.setattr(generation, "GIB", numbers * 2 / 1.5)  # so that it is seen in two digits
+    for _ in range(2):
+        generate(policy, prompts, NEVER, 2, 1.0, 0, run)
+    out = capsys.readouterr().out
+    assert out.count("more there") == 1
+    assert "sampling   all weights together on each process: 1.50 GiB more there\n" in out
 
 
 @pytest.mark.parametrize("architecture", ("llama", "gemma2"))

@@ -312,7 +312,13 @@ EXAMPLES = {  # what each loss is called with below
         *columns(2), torch.tensor([True, False]), torch.tensor(0.4), 0.3, 1.5, 0.5,
     ),
     "listwise_dpo_loss": lambda: (lists()[0], lists()[0].flip(0), lists()[1], 0.3),
+    "ppo_loss": lambda: (
+        *(x[:, None] * torch.tensor([1.0, 0.5]) for x in columns(6)),
+        torch.tensor([[True, True], [True, False]]), 0.2, 0.3, 0.1,
+    ),
     "pro_loss": lambda: (lists()[0], torch.tensor([[3, 1, 2], [2, 2, 0]]), lists()[1], 0.05),
+    "reward_model_loss": lambda: (lists()[0], lists()[1], 0.2, 0.01),
+    "rso_loss": lambda: (*columns(4), 0.05, "hinge-norm"),
     "sft_loss": lambda: (torch.tensor([-9.0, -4.0]), torch.tensor([3, 1])),
     "simpo_loss": lambda: (
         *columns(2), torch.tensor([3, 1]), torch.tensor([4, 2]), 2.0, 0.3, 0.5, 0.7,

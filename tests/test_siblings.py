@@ -26,7 +26,11 @@ BASE_OF: dict[str, str] = {}  # methods that are nearer to another file than to 
 # Headings of Args whose fields are the same in all files; a method's own knobs come before them.
 SHARED = ("# The reference", "# Model and data", "# Optimization", "# The run")
 # Fields that say something else in one file: (method, field) -> why.
-OWN_LINE = {("sft", "model"): "it starts from a model that cannot answer yet"}
+OWN_LINE = {
+    ("sft", "model"): "it starts from a model that cannot answer yet",
+    ("ppo", "batch_size"): "its rows are prompts, a step's answers are sampled",
+    ("ppo", "max_steps"): "a step has several optimizer steps",
+}
 
 
 def method_files() -> dict[str, str]:
