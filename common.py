@@ -122,10 +122,10 @@ def short_name(model: str) -> str:
 
 
 def model_folder(model: str) -> Path:
-    """The folder that `tiny`, `tiny-reward` or a path stands for. (A hub id gives a folder that is
+    """The folder that `tiny`, `tiny-preferred` or a path stands for. (A hub id gives one that is
     not there.)
     """
-    embedded = {"tiny": HERE / "tiny", "tiny-reward": HERE / "tiny" / "reward"}
+    embedded = {"tiny": HERE / "tiny", "tiny-preferred": HERE / "tiny" / "preferred"}
     return embedded.get(model) or Path(model).expanduser()
 
 
@@ -325,10 +325,10 @@ class Run(Processes):
         self.total_steps = 0  # known when the rows are
         self.policy = self.optimizer = None  # bound by `restore`
         self.sums: dict[str, list] = {}  # metric -> [sum, count], since the last step
-        self.kept: dict[
-            str, Any
-        ] = {}  # what else a method has to know after a resume; goes to JSON
+        self.kept: dict[str, Any] = {}  # what else a method needs after a resume, as JSON
         self.skipped_in_a_row, self.spoiled = 0, False
+        # What makes a reward of the log-ratio of policy and reference, where the method says so.
+        self.reward_scale = getattr(args, "beta", None) if hasattr(args, "ref_model") else None
         self.bar = self.tracker = None
 
     # -- the folder
@@ -479,32 +479,13 @@ class Run(Processes):
     # -- which rows, when: a function of seed, epoch and step alone
 
     def plan(self, train: Rows, parts: int = 1) -> None:
-        """How many steps there are, and how a step is dealt to processes and micro-batches. In
-        `parts` optimizer steps (PPO's minibatches), each of which has its share of the rows.
-        """
+        """How many steps there are, and how a step is dealt to processes and micro-batches."""
         args = self.args
         if len(train) < args.batch_size:
             raise UserError(
                 f"{len(train):,} training rows are less than one --batch-size {args.batch_size}"
             )
-        shares = self.world * parts
-        each, rest = divmod(args.batch_size, shares)
-        if rest:
-            near = [n for n in (args.batch_size - rest, args.batch_size - rest + shares) if n]
-            of = f" in {parts} minibatches" if parts > 1 else ""
-            raise UserError(
-                f"--batch-size {args.batch_size} cannot be dealt to {self.world} processes{of}; "
-                f"{' or '.join(map(str, near))} can"
-            )
-        if self.origin["micro_batch_size"] != "command line":
-            fits = [n for n in range(1, args.micro_batch_size + 1) if each % n == 0]
-            args.micro_batch_size = max(fits)
-        elif each % args.micro_batch_size:
-            fits = [str(n) for n in range(1, each + 1) if each % n == 0]
-            raise UserError(
-                f"--micro-batch-size {args.micro_batch_size} does not divide a process's {each} "
-                f"rows of a step; {', '.join(fits)} do"
-            )
+        self.check_batch(parts)
         self.steps_per_epoch = len(train) // args.batch_size  # a last short batch is dropped
         self.total_steps = args.max_steps or int(args.epochs * self.steps_per_epoch)
         if self.total_steps < 1:
@@ -528,6 +509,30 @@ class Run(Processes):
             say("", f"--lr {_short_number(args.lr)} was published for {what[published]}")
         if memory := beside("memory"):
             memory.tell(self, train)
+
+    def check_batch(self, parts: int = 1) -> None:
+        """That a step can be dealt to processes and micro-batches; in `parts` optimizer steps
+        (PPO's minibatches), each of which has its share of the rows.
+        """
+        args = self.args
+        shares = self.world * parts
+        each, rest = divmod(args.batch_size, shares)
+        if rest:
+            near = [n for n in (args.batch_size - rest, args.batch_size - rest + shares) if n]
+            of = f" in {parts} minibatches" if parts > 1 else ""
+            raise UserError(
+                f"--batch-size {args.batch_size} cannot be dealt to {self.world} processes{of}; "
+                f"{' or '.join(map(str, near))} can"
+            )
+        if self.origin["micro_batch_size"] != "command line":
+            fits = [n for n in range(1, args.micro_batch_size + 1) if each % n == 0]
+            args.micro_batch_size = max(fits)
+        elif each % args.micro_batch_size:
+            fits = [str(n) for n in range(1, each + 1) if each % n == 0]
+            raise UserError(
+                f"--micro-batch-size {args.micro_batch_size} does not divide a process's {each} "
+                f"rows of a step; {', '.join(fits)} do"
+            )
 
     def step_rows(self, step: int) -> list[list[int]]:
         """The micro-batches of a step."""
@@ -580,8 +585,10 @@ class Run(Processes):
         self.bar.close()
 
     def collate(self, data: Rows, indexes: list[int], mean: float = 0.0) -> Micro:
-        """To train on: counted."""
-        micro = collate_for(self.leader, data, indexes, mean)
+        return self.count(collate_for(self.policy, data, indexes, mean))
+
+    def count(self, micro: Micro) -> Micro:
+        """What is trained on, for tokens_per_second."""
         self.tokens += micro.tokens
         self.places += micro.input_ids.numel()
         self.filled += micro.filled
@@ -631,7 +638,8 @@ class Run(Processes):
     ) -> None:
         """Sum gradients over processes, clip, step, log, save when due. (The loss is already
         divided by counts of the whole step, so gradients are summed, never averaged.) A step that
-        has several updates (PPO's) ends with the last one: metrics are averaged over all.
+        has several updates (PPO's) ends with the last one: metrics are averaged over all,
+        but grad_norm is the last one's.
         """
         args = self.args
         parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -831,7 +839,6 @@ class Run(Processes):
     def restore(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
         self.policy, self.optimizer, self.to_save = policy, optimizer, True
-        self.leader = getattr(policy, "policy", policy)  # of several models that are trained
         facts = {"step": 0, "skipped": 0, "logs": dict.fromkeys(LOGS, 0)}
         if newest := from_main(self._newest_whole)["folder"]:
             folder = Path(newest)
@@ -897,7 +904,10 @@ class Run(Processes):
         shutil.rmtree(temporary, ignore_errors=True)
         new = {"base_model": short_name(self.args.model), "history": []}
         before = getattr(policy.config, "plainpref", None) or new
-        policy.config.plainpref = {**before, "history": [*before["history"], self.script.stem]}
+        now = {k: v for k, v in before.items() if k != "beta"}
+        if self.reward_scale:
+            now["beta"] = self.reward_scale
+        policy.config.plainpref = now | {"history": [*before["history"], self.script.stem]}
         policy.save_pretrained(temporary, state_dict=state)
         tokenizer.save_pretrained(temporary)
         mend_for_transformers_4(temporary, dtype)
@@ -1002,11 +1012,16 @@ def check_reference(ref_model: str | None, soup_weight: float) -> None:
     """Named before the policy is loaded."""
     if not 0 <= soup_weight <= 1:
         raise UserError(f"--soup-weight must be in [0, 1], got {soup_weight}")
-    parts = ref_model.split("+") if ref_model else []
+    parts = parts_of_soup(ref_model) if ref_model else []
     if len(parts) > 2:
         raise UserError(f"--ref-model {ref_model}: a soup is of two models, a+b")
     for part in parts:
         resolve_model(part, "--ref-model")
+
+
+def parts_of_soup(ref_model: str) -> list[str]:
+    """a and b of a+b; a folder may have such a name itself."""
+    return [ref_model] if model_folder(ref_model).is_dir() else ref_model.split("+")
 
 
 def resolve_model(model: str, named: str = "--model") -> str:
@@ -1258,11 +1273,14 @@ def _find(raws, kind, pairs, targets, tokenizer, cut, prompt_too, encode: Encode
             try:
                 for record in records:
                     row = _tokenise(record, ids, tokenizer, cut, prompt_too, found.counts)
-                    if kind == "prompt" and row.prompt.tobytes() in asked:
-                        found.counts["with a prompt that was there before"] += 1
+                    if kind == "prompt":
+                        if (key := row.prompt.tobytes()) in asked:
+                            found.counts["with a prompt that was there before"] += 1
+                        else:
+                            found.rows.append(row)
+                        asked.add(key)
                     elif row is not None:
                         found.rows += _taken_apart(row) if kind == "labelled" else [row]
-                        asked.add(row.prompt.tobytes() if kind == "prompt" else None)
                 if reason is not None:
                     raise reason
             except BadRow as why:
@@ -1694,15 +1712,13 @@ def _report(dataset, split, kind, pairs, found: Found, how: str, tokenizer) -> N
         f"{dataset}: {counts['read']:,} {found.kind} rows{became}; "
         f"left out: {', '.join(lost) or 'none'}",
     )
-    responses = [r for row in rows for r in row.responses] or [[]]
-    ended = kind != "prompt" and sum(int(r[-1]) in tokenizer.stop_ids for r in responses) / len(
-        responses
-    )
     quantiles = lambda lengths: "/".join(f"{q:.0f}" for q in np.quantile(lengths, (0.5, 0.95, 1)))  # noqa: E731
     told = f"tokens (median/95 %/max): prompt {quantiles([len(row.prompt) for row in rows])}"
     if kind == "prompt":
         told += f"; {counts['prompts cut']:,} cut"
     else:
+        responses = [r for row in rows for r in row.responses]
+        ended = sum(int(r[-1]) in tokenizer.stop_ids for r in responses) / len(responses)
         told += f", response {quantiles([len(r) for r in responses])}; "
         told += f"{counts['prompts cut']:,} prompts and {counts['responses cut']:,} responses cut; "
         told += f"{ended:.1%} of responses end with EOS"
@@ -2394,7 +2410,7 @@ def add_reference_logps(
 
 def load_reference(ref_model: str, soup_weight: float, policy: nn.Module, run: Run) -> nn.Module:
     """A model, or a soup `a+b`: soup_weight * a + (1 - soup_weight) * b, weight by weight."""
-    first, *second = ref_model.split("+")
+    first, *second = parts_of_soup(ref_model)
     asked = (policy.share_prompt, policy.fused_logps, run.args.fsdp, False, run.args.compile, 0)
     asked += ("reference",)
     dtype = str(policy.compute_dtype).removeprefix("torch.")

@@ -542,7 +542,6 @@ def measure_scores(run, model, start, tokenizer, n: int) -> dict[str, float]:
     return {
         "prompts": n,
         "pairs": pairs,
-        "accuracy/before": 0.5,
         "accuracy": accuracy,
         "ceiling": ceiling,
         "share": (accuracy - 0.5) / (ceiling - 0.5),

@@ -259,7 +259,7 @@ def empty_policy(
                     own[name] = made.get(tensor)  # a tied weight stays one
     policy.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
     policy.compute_dtype, policy.fused_logps = compute, args.fused_logps
-    policy.share_prompt = args.share_prompt
+    policy.share_prompt = getattr(args, "share_prompt", False)
     if low and (spread or args.lora_rank):
         policy.get_input_embeddings().register_forward_hook(lambda _, ids, out: out.to(stored))
     for layer in common.layers_of(policy) if args.gradient_checkpointing else ():
@@ -295,10 +295,29 @@ def plan(config: Any, args: Any, rows: list, world: int = 1, gpu: int = 0) -> Pl
         loaded = wide * sum(base)
         if loaded > made.total:
             made = Plan(weights=loaded, moment="loading")
+    if hasattr(args, "ppo_epochs"):
+        beside_policy(made, args, sum(size.values()), world if spread else 1)
+        trained *= 2
     saved = trained * (2 if args.optimizer == "rmsprop" else 3)
     exported = sum(size.values()) * getattr(torch, args.export_dtype).itemsize
     made.disk = saved * (max(1, args.keep_last) + 1) + exported
     return made
+
+
+def beside_policy(made: Plan, args: Any, size: int, parts: int) -> None:
+    """PPO's other models, taken to be as large as the policy: a value network, trained like it, of
+    which both activations are held at once; a reference (LoRA has none) and a reward model, which
+    are asked only.
+    """
+    scored_by = [args.reward, args.gold_reward or "family"]
+    models = [name for name in scored_by if ":" not in name and name != "family"]
+    frozen = int(bool(args.ref_model) or not args.lora_rank)
+    frozen += sum(len(name.split("@")) for name in models)
+    wide = 8 if args.dtype == "float64" else 4
+    each = wide if parts > 1 else getattr(torch, args.dtype).itemsize  # spread ones stay wide
+    made.weights = 2 * made.weights + frozen * size * each // parts
+    made.gradients, made.optimizer = 2 * made.gradients, 2 * made.optimizer
+    made.activations *= 2
 
 
 def _step(
@@ -411,6 +430,7 @@ def machine(device: torch.device) -> tuple[int | None, str, int]:
     """(bytes free for this process, where, a GPU's whole memory or 0)"""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device)  # ours already: a model may be loaded
         return free, torch.cuda.get_device_name(device), total
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -449,6 +469,9 @@ def largest_micro(run: common.Run, train: common.Rows, most: int = 20_000_000) -
     widest = sorted(widest, key=lambda i: -lengths[i])
     widest = widest if longest in widest else [longest, *widest[: len(widest) - 1]]
     rows = [train.rows[i] for i in widest]
+    if not rows[0].responses:  # to be sampled: as long as they may get
+        room = np.zeros(run.args.max_length - run.args.max_prompt_length, np.int32)
+        rows = [common.Row(row.prompt, [room], row.ask) for row in rows]
     if train.apart:  # one response at a time
         rows = [common.Row(row.prompt, [max(row.responses, key=len)], row.ask) for row in rows]
     return rows

@@ -12,8 +12,8 @@
 Sample an answer to each of a batch of prompts; score them; raise the probability of every token in proportion to how much
 better than expected things went from there on. What was expected is a second network's guess V. The score comes once, at
 the end; every token pays for leaving the reference, or the policy would find out what the reward model mistakes for
-quality. The ratio's clip lets one batch be learned from several times: once a token's probability has moved by eps in
-the direction that A wants, it gets no more gradient.
+quality. The ratio's clip lets one batch be learned from several times: once a token's probability has changed by the
+factor 1 + eps or 1 - eps, whichever A wants, it gets no more gradient.
 
     paper                    here
     x, y, s_t                a prompt, an answer sampled by the policy, the prompt and what precedes y_t
@@ -37,23 +37,28 @@ Options and departures
    sampling: in the first minibatch the ratio is 1, in fp32 exactly. A warning comes above 0.01.
 4. Means are over all tokens of a minibatch and advantages are whitened over all answers of a step, on all processes. N+ has
    them per micro-batch, and whitens on each process.
-5. --kl-estimator k3 takes exp(-d) - 1 + d, d being the log-ratio, instead of d: never negative, less noisy, and not the KL's gradient.
-6. --kl-target steers beta (Ziegler et al.: 0.15 at first, target 6, horizon 10,000). --whiten-rewards is theirs too. N+ has neither.
-7. The value network is one of its own, begun from the reward model, its level included. With a reward that is no model it
-   begins from the policy, with a head of zeros.
+5. --kl-estimator k3 takes exp(-d) - 1 + d, d being the log-ratio, instead of d: never negative and less noisy, but near the
+   reference it hardly pulls: as a reward, its gradient is that of KL(pi || ref) - KL(ref || pi).
+6. --kl-target steers beta, as Ziegler et al. did (their code: 0.15 at first, target 6, horizon 10,000), and so they whitened
+   rewards (--whiten-rewards). N+ uses neither.
+7. The value network is one of its own, begun from the reward model, its level included; or from the policy, with a head of
+   zeros, where no model reads the policy's tokens and gives a score (a function, a@b, another tokenizer). As it shares
+   nothing with the policy, --value-weight acts through the joint gradient norm and Adam's epsilon alone.
 
-Healthy: objective/scores rises and objective/kl with it, HEALTHY_TINY.
-val/ratio stays near 1, policy/clipfrac below 0.3, val/explained_variance rises towards 1. An alarm is printed when the KL exceeds
-one nat a token, when answers get twice or half as long, when entropy falls to a fifth or doubles: then read rollouts.jsonl. Scores that rise while
-objective/gold falls are over-optimisation: raise --kl-coef, or stop earlier.
+Healthy: objective/scores rises and objective/kl with it (`tiny`: to 2 nats an answer, of 4 tokens, most of it in 10 of 30 steps), val/ratio stays
+near 1, policy/clipfrac below 0.3 (`tiny`: 0.12 in the first step, then below 0.05), val/explained_variance rises from 0 (`tiny`: to 0.2;
+below 0 for a while is usual). An alarm is printed when the KL exceeds one nat a token, when answers get twice or half as long,
+when entropy falls to a fifth or doubles: then read rollouts.jsonl. Scores that rise while objective/gold falls are
+over-optimisation: raise --kl-coef, or stop earlier.
 
     python ppo.py                                                           # the embedded task and reward model, on a laptop
-    torchrun --nproc_per_node=4 ppo.py --model runs/sft-model-gemma-2-2b --reward runs/reward_model-...   # after sft.py, reward_model.py
+    torchrun --nproc_per_node=4 ppo.py --fsdp --model runs/sft-model-gemma-2-2b --reward runs/reward_model-...   # after sft.py, reward_model.py
     python ppo.py --model runs/sft-... --dataset rows.jsonl --reward judge.py:score    # {"prompt"}; score(prompts, responses) -> numbers
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -71,9 +76,9 @@ import scoring
 # the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
 SETTINGS = {
     "tiny": {
-        "reward": "tiny-reward", "gold_reward": "family", "kl_coef": 0.05, "ppo_epochs": 4, "minibatches": 1,
+        "reward": "tiny-preferred@tiny", "gold_reward": "family", "kl_coef": 0.1, "ppo_epochs": 2, "minibatches": 2,
         "temperature": 1.0, "adam_eps": 1e-8,
-        "lr": 2e-4, "batch_size": 128, "micro_batch_size": 32, "max_steps": 40,
+        "lr": 3e-4, "batch_size": 128, "micro_batch_size": 32, "max_steps": 30,
         "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
         "max_length": 176, "max_prompt_length": 160, "dataset": "family", "source": "tuned here",
     },
@@ -93,9 +98,9 @@ SHOWN = 4  # rollouts of a step that go to rollouts.jsonl
 @dataclass
 class Args:
     # PPO
-    reward: str | None = None  # what scores answers: a reward model's folder or hub id, family (the true reward), or file.py:function; default: SETTINGS
+    reward: str | None = None  # what scores answers: a reward model's folder or hub id, two language models a@b, family (the true reward), or file.py:function; default: SETTINGS
     gold_reward: str | None = None  # another one, only measured, on held-out prompts: shows when the reward is being cheated; default: SETTINGS, else none
-    value_model: str | None = None  # what the value network begins from; default: the reward model, else the policy
+    value_model: str | None = None  # what the value network begins from; default: the reward model, or the policy where there is none that reads its tokens
     kl_coef: float | None = None  # beta, per nat; default: the model's row in SETTINGS
     kl_target: float = 0.0  # nats an answer that kl_coef is steered to; 0: kl_coef stays as it is
     kl_horizon: int = 10_000  # answers in which it is steered
@@ -109,8 +114,8 @@ class Args:
     gae_lambda: float = 0.95  # 1: returns as they were; 0: one step, then the value; in [0, 1]
     clip_range: float = 0.2  # how far a ratio may go from 1
     value_clip_range: float = 0.2  # how far a value may go from what it was
-    value_weight: float = 0.1  # of the value loss
-    whiten_rewards: bool = False  # divide the rewards by their deviation over the batch
+    value_weight: float = 0.1  # of the value loss, in the joint gradient norm
+    whiten_rewards: bool = False  # scale the rewards to deviation 1 over the batch; their mean stays
     adam_eps: float | None = None  # AdamW's epsilon; default: SETTINGS
     # The reference
     ref_model: str | None = None  # reference model, or a soup a+b of two; default: the policy before its first step
@@ -264,7 +269,7 @@ class Rollouts:
     logps: Tensor  # (N, T) float64, which holds fp32 exactly
     ref_logps: Tensor  # (N, T)
     values: Tensor  # (N, T)
-    scores: Tensor  # (N,) of the reward, less what a missing end costs
+    scores: Tensor  # (N,) of the reward, after --missing-eos
     ended: Tensor  # (N,) bool
 
     def metrics(self, kl_coef: float) -> dict[str, Tensor]:
@@ -273,7 +278,7 @@ class Rollouts:
         return {
             "objective/scores": self.scores,
             "objective/kl": kl,
-            "objective/rlhf_reward": self.scores - kl_coef * kl,
+            "objective/rlhf_reward": self.scores - kl_coef * kl,  # with k1, whatever was trained on
             "objective/entropy": -self.logps.sum(1),  # an estimate: of what was sampled
             "length/response": self.mask.sum(1).double(),
             "val/ended": self.ended.double(),
@@ -299,12 +304,18 @@ def main(args: Args) -> None:
         raise common.UserError(
             "--reward is needed: a reward model (reward_model.py makes one), family, or file.py:function"
         )
-    positive = "temperature ppo_epochs minibatches clip_range value_clip_range adam_eps kl_horizon"
-    not_negative = "kl_coef kl_target value_weight missing_eos_value"
-    for name in (*positive.split(), *not_negative.split()):
-        value, least = getattr(args, name), "positive" if name in positive.split() else "0 or more"
-        if not (value > 0 or value == 0 and least == "0 or more") or value == float("inf"):
-            raise common.UserError(f"{common.flag(name)} must be {least}, got {value}")
+    for name in (
+        "temperature ppo_epochs minibatches clip_range value_clip_range adam_eps kl_horizon".split()
+    ):
+        if not 0 < getattr(args, name) < float("inf"):
+            raise common.UserError(
+                f"{common.flag(name)} must be positive, got {getattr(args, name)}"
+            )
+    for name in "kl_coef kl_target value_weight missing_eos_value".split():
+        if not 0 <= getattr(args, name) < float("inf"):
+            raise common.UserError(
+                f"{common.flag(name)} must be 0 or more, got {getattr(args, name)}"
+            )
     if not 0 < args.gamma <= 1 or not 0 <= args.gae_lambda <= 1:
         raise common.UserError("--gamma must be in (0, 1], --gae-lambda in [0, 1]")
     common.check_reference(args.ref_model, args.soup_weight)
@@ -323,30 +334,39 @@ def main(args: Args) -> None:
 
     # Four models. Two are trained: fp32 weights, gradients, optimizer state. Two are only asked:
     # compute dtype, no gradients.
-    how = (
-        args.attn, False, args.fused_logps, args.fsdp, args.gradient_checkpointing, args.compile,
-        args.lora_rank,
-    )  # fmt: skip
-    asked = (args.attn, False, args.fused_logps, args.fsdp, False, args.compile, 0)
-    policy = common.load_policy(args.model, args.dtype, run, *how, "policy")
+    asked = dict(
+        attn=args.attn,
+        share_prompt=False,
+        fused_logps=args.fused_logps,
+        fsdp=args.fsdp,
+        compile=args.compile,
+    )
+    trained = asked | dict(
+        gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank
+    )
+    policy = common.load_policy(args.model, args.dtype, run, **trained, name="policy")
     common.warn_if_not_fine_tuned(policy, tokenizer)
+    as_reference = nullcontext  # what `ref` is asked in
     if args.ref_model:
         ref = scoring.freeze(common.load_reference(args.ref_model, args.soup_weight, policy, run))
-        ref_is_policy = nullcontext
     elif args.lora_rank:
         common.say("reference", "the policy without its adapters")
-        ref, ref_is_policy = policy, lambda: common.beside("adapters").off(policy)
+        ref, as_reference = policy, lambda: common.beside("adapters").off(policy)
     else:
-        ref = scoring.freeze(common.load_policy(args.model, args.dtype, run, *asked, "reference"))
-        ref_is_policy = nullcontext
+        ref = scoring.freeze(
+            common.load_policy(args.model, args.dtype, run, **asked, name="reference")
+        )
     reward = scoring.load_reward(args.reward, tokenizer, run, args.dtype, args.attn, args.fsdp)
     gold = args.gold_reward and scoring.load_reward(
         args.gold_reward, tokenizer, run, args.dtype, args.attn, args.fsdp, "gold"
     )
-    usable = reward.model is not None and reward.same_tokens
-    begin = args.value_model or (args.reward if usable else args.model)
-    value_model = scoring.load_score_model(begin, args.dtype, run, *how, name="value")
-    if value_model.config.vocab_size < policy.config.vocab_size:
+    begin = args.value_model or reward.values_from or args.model
+    if args.value_model:
+        theirs = common.load_tokenizer(begin, 1)
+        if not scoring.reads_tokens_of(theirs, tokenizer):
+            raise common.UserError(f"--value-model {begin} has another tokenizer than the policy")
+    value_model = scoring.load_score_model(begin, args.dtype, run, **trained, name="value")
+    if value_model.get_input_embeddings().weight.shape[0] < len(tokenizer):
         raise common.UserError(f"--value-model {begin} has a smaller vocabulary than the policy")
     if not scoring.labels_of(begin):
         scoring.fresh_head(value_model, std=0.0, seed=args.seed)
@@ -357,10 +377,23 @@ def main(args: Args) -> None:
     run.restore(models, optimizer)
     kept = run.kept  # what a resumed run goes on with
     kept.setdefault("kl_coef", args.kl_coef)
+    used = {args.model, begin, *common.parts_of_soup(args.ref_model or args.model)}
+    used |= {args.reward} - {"family"} if ".py:" not in args.reward else set()
+    contents = common.from_main(lambda: {name: generation.contents_of(name) for name in used})
+    changed = [
+        name
+        for name, files in kept.setdefault("models", contents).items()
+        if files != contents[name]
+    ]
+    if changed:
+        raise common.UserError(
+            f"{run.folder} holds another run: {' and '.join(sorted(changed))} changed since. "
+            "--resume never starts a new folder beside it"
+        )
 
     @torch.no_grad()
-    def roll_out(prompts: list[np.ndarray], seed: int, deal) -> tuple[Rollouts, list]:
-        """`deal` makes micro-batches of the answers' lengths."""
+    def roll_out(prompts: list[np.ndarray], seed: int, deal: Callable) -> tuple[Rollouts, list]:
+        """`deal` makes of the answers' lengths a list of minibatches, each a list of micro-batches."""
         # 1. Sample an answer to every prompt, at the temperature of all log-probs below.
         answers = generation.generate(
             policy, prompts, tokenizer.stop_ids, room, args.temperature, seed, run
@@ -380,7 +413,7 @@ def main(args: Args) -> None:
         for part, mine in run.share([micro for mini in micros for micro in mini], "log-probs"):
             micro = common.collate(rows, part, run.device)
             logps = common.response_token_logps(policy, micro, args.temperature)  # (B, 1, T)
-            with ref_is_policy():
+            with as_reference():
                 ref_logps = common.response_token_logps(ref, micro, args.temperature)
             found = torch.cat([logps, ref_logps, scoring.token_values(value_model, micro)], 1)
             if mine:
@@ -446,23 +479,26 @@ def main(args: Args) -> None:
             for at, micros in enumerate(minibatches(lengths, epoch) if epoch else first_epoch):
                 tokens = sum(int(mask[part].sum()) for part in micros)  # over all processes
                 for part in micros[run.rank :: run.world]:
-                    micro = run.collate(rows, part)
+                    micro = run.count(common.collate(rows, part, run.device))
                     logps = common.response_token_logps(policy, micro, args.temperature)[:, 0]
                     values = scoring.token_values(value_model, micro)[:, 0]  # (B, T)
-                    about = (rollouts.logps, advantages, rollouts.values, returns)
-                    old_logps, *about = (x[part, : logps.shape[1]].to(logps) for x in about)
+                    old_logps, here_advantages, old_values, here_returns = (
+                        x[part, : logps.shape[1]].to(logps)
+                        for x in (rollouts.logps, advantages, rollouts.values, returns)
+                    )
                     here = mask[part, : logps.shape[1]].to(run.device)
                     losses, metrics = ppo_loss(
-                        logps, old_logps, about[0], values, *about[1:], here,
+                        logps, old_logps, here_advantages, values, old_values, here_returns, here,
                         args.clip_range, args.value_clip_range, args.value_weight,
                     )  # fmt: skip
                     (losses.sum() / tokens).backward()
                     run.add(metrics)
-                    off = lambda: float((logps.detach() - old_logps).expm1().abs()[here].max())  # noqa: B023, E731
-                    if epoch == at == 0 and (drift := off()) > 0.01:
-                        run.print(
-                            f"step {run.step + 1}: ratios {drift:.3f} off 1 before any update"
-                        )
+                    if epoch == at == 0:
+                        off = (logps.detach() - old_logps).expm1().abs()[here].max().item()
+                        if off > 0.01:  # of the main process's answers
+                            run.print(
+                                f"step {run.step + 1}: ratios {off:.3f} off 1 before any update"
+                            )
                 last = epoch == args.ppo_epochs - 1 and at == args.minibatches - 1
                 run.update(models, optimizer, last)
     evaluate()

@@ -187,7 +187,7 @@ def closing(run: "common.Run", policy: Any, tokenizer: Any) -> str:
             f"on {measured['pairs']:,} noisily judged pairs of four answers each to "
             f"{measured['prompts']:,} unseen test questions"
         )
-        line("accuracy", measured["accuracy/before"], measured["accuracy"])
+        line("accuracy (0.5 by chance)", None, measured["accuracy"])
         line("accuracy of the true reward itself", None, measured["ceiling"])
         line("share of what can be learned", None, measured["share"])
         line("accuracy against the true reward", None, measured["true_accuracy"])

@@ -1,7 +1,7 @@
 """A reward model: which of two answers people prefer, as a number for each (Bradley-Terry).
 
-    L(phi) = - E_(x, y_w, y_l) [ log sigmoid( r(x, y_w) - r(x, y_l) - m ) + ... ]      Ouyang et al., equation 1, m = 0
-             + c E [ (r(x, y_w) + r(x, y_l))^2 ]                                       Eisenstein et al., appendix
+    L(phi) = - E_(x, y_w, y_l) [ log sigmoid( r(x, y_w) - r(x, y_l) - m ) ]      Ouyang et al., equation 1, with m = 0
+             + c E_(x, y_w, y_l) [ (r(x, y_w) + r(x, y_l))^2 ]                   Eisenstein et al.: centring
 
     Bradley and Terry 1952. Stiennon et al. 2020, arXiv 2009.01325. Ouyang et al. 2022, arXiv 2203.02155. Huang et al. 2024,
     arXiv 2403.17031 (called N+ below). Eisenstein et al. 2023, arXiv 2312.09244 (centring).
@@ -25,12 +25,13 @@ Options and departures
 2. The head begins as N+ has it, normal with deviation 1 / sqrt(hidden size + 1). It has no bias, because Transformers'
    class has none; score_bias stands in config.json.
 3. The level: N+ lets demonstrations average 0, here it is answers that the starting model samples (at temperature 1), to
-   --zero-on prompts: what PPO begins with then scores 0. --zero-on 0 leaves it. Accuracy does not depend on it, PPO does.
+   --zero-on prompts (where --model is a reward model, the rows' own answers): what PPO begins with then scores 0.
+   --zero-on 0 sets none. Accuracy does not depend on it, PPO does.
 4. An answer that was cut has no end and is scored at its last token all the same.
 
 Healthy: the loss starts near ln 2 (0.693; above, where the fresh head's scores differ much) and falls; accuracy on held-out pairs
 rises above 0.5, and what it can reach is what people agree on: 0.62 to 0.69 is published for TL;DR (1B to 6.9B), 0.7 to
-0.8 elsewhere. HEALTHY_TINY Training accuracy far above held-out accuracy is overfitting: one epoch is usual.
+0.8 elsewhere. `tiny` reaches 0.53 of 0.76: see the README. Training accuracy far above held-out accuracy is overfitting: one epoch is usual.
 
     python reward_model.py                                                  # the embedded task, on a laptop
     torchrun --nproc_per_node=4 reward_model.py --model runs/sft-model-gemma-2-2b   # after sft.py --model gemma-2-2b
@@ -57,7 +58,7 @@ SETTINGS = {
     "tiny": {
         "adam_eps": 1e-8, "lr": 1e-3, "batch_size": 64, "micro_batch_size": 16, "epochs": 2.0,
         "schedule": "cosine", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
-        "max_length": 160, "max_prompt_length": 128, "dataset": "family", "source": "tuned here",
+        "max_length": 176, "max_prompt_length": 160, "dataset": "family", "source": "tuned here",
     },
     "pythia-1b": {  # 638 tokens are theirs, 512 of them for the prompt; they clip no gradients
         "adam_eps": 1e-5, "lr": 3e-6, "batch_size": 64, "micro_batch_size": 8, "epochs": 1.0,
@@ -74,7 +75,7 @@ class Args:
     # Reward model
     margin: float = 0.0  # by how much a preferred answer's score should be higher, 0 or more
     center_weight: float = 0.0  # weight of the squared sum of a pair's scores, which keeps them near 0; 0.01 is published
-    zero_on: int = 512  # prompts whose sampled answers score 0 on average after training; 0: leave the level as it is
+    zero_on: int = 512  # prompts whose sampled answers score 0 on average after training; 0: no level is set, one that --model had goes
     adam_eps: float | None = None  # AdamW's epsilon; default: the model's row in SETTINGS
     # Model and data
     model: str = "tiny"  # tiny, a short name (gemma-2-2b, ...), a Hugging Face id, or a folder such as runs/sft
@@ -124,9 +125,8 @@ def reward_model_loss(
     center_weight: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
     """Returns one loss per prompt, the mean over its pairs, and what to plot: (values, weights) is a weighted mean."""
-    pairs = (
-        preferences[:, :, None] > preferences[:, None, :]
-    )  # (B, K, K): i preferred to j; never to or by NaN
+    # (B, K, K) whether i is preferred to j. No comparison with NaN is true.
+    pairs = preferences[:, :, None] > preferences[:, None, :]
     share = 1 / pairs.sum((1, 2), keepdim=True).clamp(min=1).to(scores.dtype)  # (B, 1, 1)
     scores = scores.masked_fill(preferences.isnan(), 0.0)
     margins = scores[:, :, None] - scores[:, None, :]  # (B, K, K)
@@ -134,27 +134,28 @@ def reward_model_loss(
     each = center_weight * sums**2 - F.logsigmoid(margins - margin)  # (B, K, K)
     losses = (share * pairs * each).sum((1, 2))  # (B,)
     right = (margins > 0).to(scores.dtype) + 0.5 * (margins == 0)
-    of = lambda x: (x * pairs, pairs)  # noqa: E731
+    weighted = lambda x: (x * pairs, pairs)  # noqa: E731
     metrics = {
         "loss": losses,
-        "rewards/chosen": of(scores[:, :, None].expand_as(margins)),
-        "rewards/rejected": of(scores[:, None, :].expand_as(margins)),
-        "rewards/margins": of(margins),
-        "rewards/accuracies": of(right),
+        "rewards/chosen": weighted(scores[:, :, None].expand_as(margins)),
+        "rewards/rejected": weighted(scores[:, None, :].expand_as(margins)),
+        "rewards/margins": weighted(margins),
+        "rewards/accuracies": weighted(right),
     }
     return losses, metrics
 
 
 @torch.no_grad()
 def mean_score_of_samples(
-    model: torch.nn.Module, args: "Args", train: common.Rows, tokenizer, run: common.Run
+    model: torch.nn.Module, args: Args, train: common.Rows, tokenizer, run: common.Run
 ) -> float:
     """Of answers that the starting model gives to some of the prompts; of the rows' own, if that is a reward model."""
     reward = scoring.Reward("the model in training", tokenizer, run)
     reward.model = model
     if scoring.labels_of(args.model):
-        pairs = [(row.prompt, y) for row in train.rows[: args.zero_on] for y in row.responses]
-        return float(reward(*map(list, zip(*pairs, strict=True))).mean())
+        rows = train.rows[: args.zero_on]
+        prompts = [row.prompt for row in rows for _ in row.responses]
+        return float(reward(prompts, [y for row in rows for y in row.responses]).mean())
     start = common.load_policy(args.model, args.dtype, run, args.attn, fsdp=args.fsdp, name="start")
     room = args.max_length - args.max_prompt_length
     most, prompts = args.max_prompt_length, [row.prompt for row in train.rows[: args.zero_on]]
@@ -167,15 +168,13 @@ def mean_score_of_samples(
 
 def main(args: Args) -> None:
     run = common.start(args, SETTINGS, __file__)
-    if (
-        not args.margin >= 0
-        or not args.center_weight >= 0
-        or args.zero_on < 0
-        or not args.adam_eps > 0
-    ):
+    not_negative = args.margin >= 0 and args.center_weight >= 0 and args.zero_on >= 0
+    if not not_negative or not args.adam_eps > 0:
         raise common.UserError(
             "--margin, --center-weight and --zero-on must be 0 or more, --adam-eps positive"
         )
+    if (labels := scoring.labels_of(args.model)) > 1:
+        raise common.UserError(f"--model {args.model}: has {labels} labels, a reward model has one")
     tokenizer = common.load_tokenizer(args.model, args.max_length)
     train, held_out = common.load_rows(
         args.dataset, args.eval_dataset, "ranked", tokenizer, args.max_length,
@@ -186,8 +185,10 @@ def main(args: Args) -> None:
         args.model, args.dtype, run, args.attn, args.share_prompt, args.fused_logps,
         args.fsdp, args.gradient_checkpointing, args.compile, args.lora_rank, name="model",
     )  # fmt: skip
+    if not labels:
+        common.warn_if_not_fine_tuned(model, tokenizer)
     scoring.give_pad_token(model, tokenizer)
-    if not scoring.labels_of(args.model):  # a reward model goes on with its own head
+    if not labels:  # a reward model goes on with its own head
         scoring.fresh_head(model, std=(model.config.hidden_size + 1) ** -0.5, seed=args.seed)
     scoring.set_score_bias(model, 0.0, common.short_name(args.model))
     optimizer = common.make_optimizer(

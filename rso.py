@@ -8,14 +8,15 @@
 
 A loss on pairs fits the best policy pi_r if the answers in them are drawn from pi_r. DPO's come from whoever wrote them,
 SLiC's from pi_sft. Here pi_sft writes many answers to a prompt, a reward model scores them, and each is accepted with a
-probability that makes the accepted ones a sample of pi_r. The scores then say which of two accepted ones is the better,
-and sigmoid-norm is DPO on such pairs. beta says how far the reward is trusted: at 0 the best answers are accepted, at
-infinity any. gamma is the same temperature by derivation; the paper tunes the two apart.
+probability that makes the accepted ones a sample of pi_r: exactly with ever more samples, nearly so here. The scores then say
+which of two accepted ones is the better, and sigmoid-norm is DPO on such pairs. beta says how far the reward is trusted: at 0
+the best answers are accepted, at infinity any. gamma is the same temperature by derivation; the paper tunes the two apart.
 
     paper                    here
     x                        a row: a prompt, its answers are sampled (sampled.jsonl) and become pairs (accepted.jsonl)
-    pi_sft                   the policy before its first step; its log-probs are ref_chosen_logps, ref_rejected_logps
-    r(x, y)                  scores: what --reward says of the whole answer
+    pi_sft                   the policy before its first step; its log-probs are ref_chosen_logps, ref_rejected_logps, but
+                             with --ref-model those are another model's: samples still come from the policy
+    r(x, y)                  scores: what --reward says of the whole answer (scoring.py explains a@b, two language models)
     beta                     sampling_beta, in the units of the scores
     u, eq. 14, Algorithm 1   rejection_sample(): of `samples` answers a prompt at most `accepted` stay
     y_w, y_l                 chosen, rejected: by pair_up(), of two accepted answers the one with the higher score
@@ -32,7 +33,9 @@ Options and departures
 3. first-round pairs the accepted at random, n/2 pairs. tournament (SLiC's) lets the winners meet, n-1 pairs: higher rewards,
    but not better answers in the paper. Two equal scores make no pair. A pair weighs the same, however many its prompt has.
 4. The reference stays fixed, samples are drawn once, before training: one round. --model with the trained folder is another.
-5. AdamW, where the paper has Adafactor; and no checkpoint is picked by the ranker's win rate: the last one counts.
+   They are kept in --cache-dir: another --sampling-beta, --accepted, --ranking or --gamma finds them there.
+5. An answer that was cut (it has no end by --max-length) is accepted like any other: what it is worth is up to --reward.
+6. AdamW, where the paper has Adafactor; and no checkpoint is picked by the ranker's win rate: the last one counts.
 
 Healthy (the lines `accepted`, before training): several times as many different answers as --accepted, else nearly all are taken
 and the rejection step does nothing: raise --samples or --temperature. Then the accepted score better than the sampled: hardly
@@ -47,11 +50,9 @@ Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 an
 """
 
 import gc
-import json
 import math
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -69,8 +70,8 @@ HELD_OUT_PROMPTS = 256  # of the held-out ones: each is sampled from as often as
 # the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
 SETTINGS = {
     "tiny": {
-        "sampling_beta": 0.5, "gamma": 0.3, "samples": 16, "accepted": 4, "temperature": 1.0, "top_k": 0,
-        "reward": "tiny-reward", "prompts": 2000, "lr": 2e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
+        "sampling_beta": 0.1, "gamma": 0.3, "samples": 16, "accepted": 4, "temperature": 1.0, "top_k": 0,
+        "reward": "tiny-preferred@tiny", "prompts": 2000, "lr": 2e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
         "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
         "max_length": 176, "max_prompt_length": 160, "dataset": "family", "source": "tuned here",
     },
@@ -89,7 +90,7 @@ SETTINGS = {
 @dataclass
 class Args:
     # RSO
-    reward: str | None = None  # what scores answers: a reward model's folder or hub id, family (the true reward), or file.py:function; default: the model's row in SETTINGS
+    reward: str | None = None  # what scores answers: a reward model's folder or hub id, two language models a@b, family (the true reward), or file.py:function; default: the model's row in SETTINGS
     prompts: int | None = None  # so many prompts, drawn at random, are sampled from; default: SETTINGS, else all
     samples: int | None = None  # answers a prompt that are sampled and scored; default: SETTINGS
     temperature: float | None = None  # of the samples; default: SETTINGS
@@ -150,8 +151,8 @@ def rejection_sample(
     rng: np.random.Generator,
     answers: list[str] | None = None,  # equal ones leave together; default: no two are equal
 ) -> list[int]:
-    """Algorithm 1: n different ones, as they were accepted; all, if there are not more."""
-    answers = answers or list(range(len(scores)))
+    """Algorithm 1: indexes of at most n answers, no two equal, in the order of acceptance."""
+    answers = answers or [str(i) for i in range(len(scores))]
     remaining, accepted, there = list(range(len(scores))), [], set()
     while remaining and len(accepted) < n:
         best = max(scores[i] for i in remaining)  # for a whole pass, which accepts it at the latest
@@ -168,7 +169,9 @@ def rejection_sample(
 
 
 def pair_up(scores: list[float], ranking: str, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """(winner, loser) of every game: one round of random games, or rounds until one is left."""
+    """Indexes (winner, loser) of every game that has a winner: one round of random games, or rounds
+    until one player is left.
+    """
     players, pairs = rng.permutation(len(scores)).tolist(), []
     while len(players) > 1:
         winners = players[len(players) // 2 * 2 :]  # an odd one; it plays first in the next round
@@ -218,7 +221,9 @@ def pairs_of(
     tokenizer: Any,
     label: str,
 ) -> list[common.Row]:
-    """Rows of two responses and their scores, chosen first. Says what became of the samples."""
+    """Rows of two responses and their scores, chosen first: every prompt's first pair, then the
+    second ones. Says what became of the samples.
+    """
     pairs: list[list[common.Row]] = []  # of every prompt
     counts, scores = [], []
     for i, made in enumerate(sampled):
@@ -235,8 +240,8 @@ def pairs_of(
             pairs[-1].append(row)
         counts.append((len(set(answers)), len(taken), len(games)))
         scores += made.scores[taken].tolist()
-    # The first pair of every prompt, then the second ones: rows that stand together, such as those
-    # that samples are shown of, have different prompts.
+    # So that rows that stand together, such as those that samples are shown of, have different
+    # prompts.
     rows = [row for turn in zip_longest(*pairs) for row in turn if row]
     if sampled:
         told = "a prompt {:.1f} different answers, {:.1f} accepted, {:.1f} pairs; ".format(
@@ -248,26 +253,6 @@ def pairs_of(
         told = "mean score: sampled {:.3f}, accepted {:.3f}, chosen {:.3f}, rejected {:.3f}"
         common.say("", told.format(*means))
     return rows
-
-
-def contents(name: str) -> dict[str, str]:
-    """What a model's folder or file.py:function holds. A hub id stands for itself."""
-    path = common.model_folder(name.rpartition(":")[0] if ".py:" in name else name)
-    files = [path, *path.glob("*.safetensors"), *path.glob("config.json")]
-    return {file.name: common.file_hash(file) for file in sorted(files) if file.is_file()}
-
-
-def write_pairs(file: Path, rows: list[common.Row], tokenizer: Any) -> dict:
-    """As texts, for other methods, and as the ids that are trained on here."""
-    lines = []
-    for row in rows:
-        record: dict[str, Any] = {"prompt": tokenizer.decode(row.prompt[len(tokenizer.bos) :])}
-        for side, ids, score in zip(("chosen", "rejected"), row.responses, row.scores, strict=True):
-            record |= {side: generation.text_of(ids, tokenizer), f"{side}_score": score}
-            record |= {f"{side}_ids": ids.tolist()}
-        lines.append(json.dumps(record | {"prompt_ids": row.prompt.tolist()}) + "\n")
-    common.write_atomically(file, "".join(lines))
-    return {}
 
 
 def main(args: Args) -> None:
@@ -284,6 +269,8 @@ def main(args: Args) -> None:
         raise common.UserError("--reward: what scores the answers? A folder of reward_model.py")
     scoring.check_reward(args.reward)
     common.check_reference(args.ref_model, args.soup_weight)
+    run.check_batch()  # before hours of sampling
+    run.reward_scale = args.gamma
     tokenizer = common.load_tokenizer(args.model, args.max_length)
     train, held_out = common.load_rows(
         args.dataset, args.eval_dataset, "prompt", tokenizer, args.max_length,
@@ -300,18 +287,13 @@ def main(args: Args) -> None:
 
     # Sample, score, accept: the policy is pi_sft here, also where the run goes on from a checkpoint.
     reward = scoring.load_reward(args.reward, tokenizer, run, args.dtype, args.attn, args.fsdp)
-    names = "model dtype reward samples temperature top_k max_length max_prompt_length seed".split()
     facts = common.from_main(
-        lambda: (
-            {name: getattr(args, name) for name in names}
-            | {f"in {name}": contents(name) for name in (args.model, args.reward)}
-        )
+        lambda: generation.facts_of(args.model, args.reward, args.dtype, args.attn, args.lora_rank)
     )
     for i, (rows, name) in enumerate(((train, "sampled"), (held_out, "sampled-held-out"))):
         prompts = [row.prompt for row in rows.rows]
         sampled = prompts and generation.sample_and_score(
-            policy, prompts, tokenizer, reward, run, run.folder / f"{name}.jsonl",
-            facts | {"prompts": rows.digest()}, args.samples,
+            policy, prompts, tokenizer, reward, run, args.cache_dir, facts, args.samples,
             args.max_length - args.max_prompt_length, args.temperature, args.top_k,
             seed=common.hash_of(args.seed, i), label=name,
         )  # fmt: skip
@@ -319,7 +301,8 @@ def main(args: Args) -> None:
             sampled, args.accepted, args.sampling_beta, args.ranking, (args.seed, i + 1),
             tokenizer, ("accepted", "held out")[i],
         )  # fmt: skip
-    common.from_main(lambda: write_pairs(run.folder / "accepted.jsonl", train.rows, tokenizer))
+    if common.MAIN_PROCESS:
+        generation.write_pairs(run.folder / "accepted.jsonl", train.rows, tokenizer)
     del reward  # before the optimizer comes
     gc.collect()
 

@@ -6,6 +6,12 @@ number, Transformers' AutoModelForSequenceClassification with one label.
                             found from lengths, never by looking for padding
     value of a token        the head at the token before it: what was known when it was chosen
 
+A language model that has learned from preferences is a reward model too, without any head (Rafailov
+et al. 2023, section 5): `--reward a@b` scores an answer with beta (log a(y|x) - log b(y|x)), where
+b is the reference that a was trained against, and beta that of a's training, where its config.json
+knows it. With b as the KL's reference too, kl_coef = beta would give a back, a smaller one goes
+further; and such a reward is known only up to a constant a prompt.
+
 Transformers' head has no bias. What is subtracted so that the starting model's answers score 0 on
 average stands in config.json (plainpref.score_bias) and is used here; other libraries read the same
 scores without it, which moves no comparison of two answers.
@@ -28,24 +34,33 @@ import common
 import generation
 
 Prompts = list[np.ndarray]  # of token ids
+ANSWERS_A_ROW = 8  # to one prompt that are scored behind one copy of it
 SCORED_AT_ONCE = 32  # answers of a micro-batch that is only scored: no gradients, so more fit
 
 # --------------------------------------------------------------------------------------------------
 # Models with a head that gives one number
 
 
-def load_score_model(model: str, dtype: str, run: common.Processes, *how: Any, name: str) -> Any:
+def load_score_model(
+    model: str, dtype: str, run: common.Processes, *how: Any, name: str, **more: Any
+) -> Any:
     """As common.load_policy, from a reward model or from a language model; `score` is the head."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # a language model has no such head: that is as it should be
     try:
-        found = common.load_policy(model, dtype, run, *how, name=name, scores=True)
+        found = common.load_policy(model, dtype, run, *how, name=name, scores=True, **more)
     finally:
         logging.set_verbosity(level)
     found.score_bias = float((getattr(found.config, "plainpref", None) or {}).get("score_bias", 0))
     return found
+
+
+def reads_tokens_of(theirs: Any, tokenizer: Any) -> bool:
+    """Whether a model with the tokenizer `theirs` can be given ids of `tokenizer`."""
+    known = tokenizer.get_vocab().items() <= theirs.get_vocab().items()
+    return known and theirs.bos == tokenizer.bos
 
 
 def labels_of(model: str, named: str = "--model") -> int:
@@ -122,8 +137,10 @@ def give_pad_token(model: nn.Module, tokenizer: Any) -> None:
 
 def freeze(model: nn.Module) -> nn.Module:
     """To be asked only: no gradients, and matrices in the compute dtype. (Norms stay as they are,
-    and so does the head of a reward model.) Autocast would leave embeddings as they are too: in
-    bf16, the same model frozen and not frozen differ by up to 0.02 nats a token.
+    and so does the head of a reward model. Where a model is spread over processes its parts stay
+    wide: they are made low as they are put together, all of them.) Autocast would leave embeddings
+    as they are too: in bf16, the same model frozen and not frozen differ by up to 0.02 nats a
+    token.
     """
     model.requires_grad_(False)
     spread = hasattr(next(model.parameters()), "full_tensor")  # put together low already
@@ -150,6 +167,9 @@ class Reward:
     def __init__(self, name: str, tokenizer: Any, run: common.Processes):
         self.name, self.tokenizer, self.run, self.named = name, tokenizer, run, "--reward"
         self.model: nn.Module | None = None  # of a reward model
+        self.other: nn.Module | None = None  # b of a@b
+        self.beta = 1.0
+        self.values_from: str | None = None  # what a value network may begin from
         self.same_tokens = True  # the reward model's tokenizer is the policy's
         self.function: Callable[[list[str], list[str]], list[float]] | None = None
 
@@ -175,16 +195,29 @@ class Reward:
     def ask_model(self, prompts: Prompts, responses: Prompts) -> Tensor:
         if not self.same_tokens:
             prompts, responses = self.as_its_tokens(prompts, responses)
-        pairs = zip(prompts, responses, strict=True)
-        rows = common.Rows("scored", [common.Row(p, [y], p) for p, y in pairs])
-        lengths = [row.length() for row in rows.rows]
-        scores = torch.zeros(len(lengths), dtype=torch.float64)
-        parts = common.micro_batches(lengths, list(range(len(lengths))), SCORED_AT_ONCE)
+        # Answers to one prompt that follow each other stand behind one copy of it.
+        rows, places = common.Rows("scored", []), []  # places[row]: indexes of its answers
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            full = not rows.rows or len(places[-1]) == ANSWERS_A_ROW
+            if full or not np.array_equal(rows.rows[-1].prompt, prompt):
+                rows.rows.append(common.Row(prompt, [], prompt))
+                places.append([])
+            rows.rows[-1].responses.append(response)
+            places[-1].append(i)
+        lengths = [row.tokens() for row in rows.rows]
+        scores = torch.zeros(len(prompts), dtype=torch.float64)
+        many = max(map(len, places), default=1)
+        size = max(1, min(SCORED_AT_ONCE // many, -(-len(lengths) // self.run.world)))
+        parts = common.micro_batches(lengths, list(range(len(lengths))), size)
         for part, mine in self.run.share(parts, "scores"):
-            micro = common.collate(rows, part, self.model.device)
-            found = response_scores(self.model, micro)[:, 0].double().cpu()
-            if mine:
-                scores[part] = found
+            micro = common.collate_for(self.model, rows, part)  # (B, K)
+            if self.other is None:
+                found = response_scores(self.model, micro)
+            else:
+                both = [common.response_logps(m, micro)[0] for m in (self.model, self.other)]
+                found = self.beta * (both[0] - both[1])  # (B, K)
+            for b, row in enumerate(part if mine else ()):
+                scores[places[row]] = found[b, : len(places[row])].double().cpu()
         if self.run.world > 1:
             torch.distributed.all_reduce(scores)
         return scores
@@ -231,15 +264,23 @@ class Reward:
         return scores
 
     def where_it_fails(self, error: Exception, prompts: list[str], responses: list[str]) -> str:
-        """The first row that fails alone, if one does."""
-        told = f"{self.named} {self.name} raised {type(error).__name__}: {common.first_line(error)}"
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        """A row that fails alone, if halving the rows finds one."""
+
+        def fails(part: slice) -> bool:
             try:
-                answer = self.function([prompt], [response])
-                if isinstance(answer, Iterator):
-                    list(answer)
+                answer = self.function(prompts[part], responses[part])
+                list(answer) if isinstance(answer, Iterator) else None
             except Exception:
-                return f"{told}, at {_row(i, len(prompts), prompt, response)}"
+                return True
+            return False
+
+        told = f"{self.named} {self.name} raised {type(error).__name__}: {common.first_line(error)}"
+        low, high = 0, len(prompts)
+        while high - low > 1:  # a few calls, not one a row: each may take its time
+            middle = (low + high) // 2
+            low, high = (low, middle) if fails(slice(low, middle)) else (middle, high)
+        if fails(slice(low, high)):
+            return f"{told}, at {_row(low, len(prompts), prompts[low], responses[low])}"
         return f"{told}, on {len(prompts):,} rows together, on none of them alone"
 
     def refusal(self, score: float, i: int, n: int, prompts: list[str], answers: list[str]) -> str:
@@ -260,36 +301,58 @@ def load_reward(
     fsdp: bool = False,
     name: str = "reward",
 ) -> Reward:
-    """A reward model's folder or hub id, `family`, or file.py:function."""
+    """A reward model's folder or hub id, two language models a@b, `family`, or file.py:function."""
     found = Reward(reward, tokenizer, run)
     found.named = named = "--reward" if name == "reward" else f"--{name}-reward"
     file, _, function = reward.rpartition(":")
     if reward == "family":
-        import family
-
+        family = common.needed("family", f"{named} family")
         found.function = family.reward
         common.say(name, "family: the true reward of the embedded task")
     elif file.endswith(".py"):
         check_reward(reward, named)
 
         def load() -> dict:
-            found.function = _function_of(file, function)
+            found.function = _function_of(file, function, named)
             return {}
 
         common.from_main(load)
         common.say(name, f"{function} of {file}, called by the main process")
     else:
-        if (labels := labels_of(reward, named)) != 1:
+        how = (attn, True, True, fsdp)
+        model, _, other = reward.partition("@")
+        if other:
+            load = lambda part: common.load_policy(part, dtype, run, *how, name=name)  # noqa: E731
+            found.model, found.other = freeze(load(model)), freeze(load(other))
+            known = getattr(found.model.config, "plainpref", None) or {}
+            found.beta = float(known.get("beta", 1.0))
+            unknown = "" if "beta" in known else " (its beta is not known)"
+            common.say("", f"{found.beta} times the log-ratio of {model} to {other}{unknown}")
+        elif (labels := labels_of(model, named)) != 1:
+            more = "; or two language models a@b" if labels == 0 else ""
             raise common.UserError(
                 f"{named} {reward}: not a reward model, which is an AutoModelForSequence"
-                f"Classification with one label (this has {labels}); reward_model.py makes one"
+                f"Classification with one label (this has {labels}); "
+                f"reward_model.py makes one{more}"
             )
-        model = load_score_model(reward, dtype, run, attn, False, True, fsdp, name=name)
-        found.model = freeze(model)
-        theirs = common.load_tokenizer(reward, 1)
+        else:
+            found.model = freeze(load_score_model(model, dtype, run, *how, name=name))
+        theirs = common.load_tokenizer(model, 1)
         found.its_tokenizer = theirs
-        same = tokenizer.get_vocab().items() <= theirs.get_vocab().items()
-        found.same_tokens = same and theirs.bos == tokenizer.bos
+        if other:
+            second, sizes = (
+                common.load_tokenizer(other, 1),
+                [m.config.vocab_size for m in (found.model, found.other)],
+            )
+            if (
+                second.get_vocab() != theirs.get_vocab()
+                or second.bos != theirs.bos
+                or len(set(sizes)) > 1
+            ):
+                raise common.UserError(f"{named} {reward}: the two models have other tokenizers")
+        found.same_tokens = reads_tokens_of(theirs, tokenizer)
+        if found.same_tokens and not other:
+            found.values_from = model
         if not found.same_tokens:
             common.say("", "has another tokenizer: reads the text of prompts and answers")
             if tokenizer.chat_template:
@@ -310,10 +373,11 @@ def check_reward(reward: str, named: str = "--reward") -> None:
     elif reward.endswith(".py"):
         raise common.UserError(f"{named} {reward}: which function of it? {reward}:NAME")
     else:
-        common.resolve_model(reward, named)
+        for model in reward.split("@", 1):
+            common.resolve_model(model, named)
 
 
-def _function_of(file: str, name: str) -> Callable[[list[str], list[str]], list[float]]:
+def _function_of(file: str, name: str, named: str) -> Callable[[list[str], list[str]], list[float]]:
     path = Path(file).expanduser().resolve()
     spec = spec_from_file_location(f"reward:{path.stem}", path)  # not the name of one of ours
     module = sys.modules[spec.name] = module_from_spec(spec)  # data classes look there
@@ -321,8 +385,8 @@ def _function_of(file: str, name: str) -> Callable[[list[str], list[str]], list[
         spec.loader.exec_module(module)
     except Exception as error:
         why = f"{type(error).__name__}: {common.first_line(error)}"
-        raise common.UserError(f"--reward {file}:{name}: importing it raised {why}") from error
+        raise common.UserError(f"{named} {file}:{name}: importing it raised {why}") from error
     found = getattr(module, name, None)
     if not callable(found):
-        raise common.UserError(f"--reward {file}:{name}: there is no function {name} in {file}")
+        raise common.UserError(f"{named} {file}:{name}: there is no function {name} in {file}")
     return found

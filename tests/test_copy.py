@@ -130,6 +130,35 @@ def test_two_files_of_each_method_train(checkpoints, tmp_path, monkeypatch, scri
     assert {p.name for p in Path().iterdir()} - {"__pycache__", "runs"} == given | {"out"}
 
 
+SCORERS = ("generation.py", "scoring.py")  # what the scripts that sample and score need besides
+LENGTH = "def length(prompts, responses):\n    return [len(r) / 9 for r in responses]\n"
+
+
+@pytest.mark.parametrize("script", ["reward_model", "ppo", "rso"])
+def test_four_files_sample_score_and_learn(checkpoints, tmp_path, script):
+    """As a user starts them, with nothing else of ours in the folder."""
+    for name in (f"{script}.py", "common.py", *SCORERS):
+        shutil.copy(ROOT / name, tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl", pair_rows(60))
+    (tmp_path / "mine.py").write_text(LENGTH)
+    own = {
+        "reward_model": ["--adam-eps", "1e-8", "--zero-on", "8"],
+        "ppo": [*"--reward mine.py:length --kl-coef 0.1 --ppo-epochs 2 --minibatches 1".split()]
+        + ["--temperature", "1", "--adam-eps", "1e-8"],
+        "rso": [*"--reward mine.py:length --samples 4 --accepted 4 --sampling-beta 1".split()]
+        + [*"--gamma 0.3 --temperature 1 --top-k 0 --prompts 32".split()],
+    }[script]
+    flags = [*"--model model --dataset rows.jsonl --output-dir out --max-steps 2".split()]
+    flags += [*"--max-length 52 --max-prompt-length 40 --batch-size 8 --micro-batch-size 4".split()]
+    flags += [*"--lr 1e-3 --schedule constant --warmup-ratio 0 --optimizer adamw".split()]
+    shutil.copytree(checkpoints("llama"), tmp_path / "model")
+    status, out, err = run_script(f"{script}.py", *flags, *own, cwd=tmp_path)
+    assert status == 0, err
+    steps = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").open()]
+    assert [step["step"] for step in steps if "lr" in step] == [1, 2]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_what_was_not_copied_is_said_to_be_missing(kit):
     """Other files than .jsonl, hub ids and short names are sources.py's business."""
     (kit / "pairs.csv").write_text("prompt,chosen,rejected\na,b,c\n")

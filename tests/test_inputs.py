@@ -273,7 +273,7 @@ ALL_BAD = {
     "columns of no kind": (
         "dpo", {"question": "Why?", "answer": "So."},
         "has the columns question, answer; known rows have: prompt, responses, scores; "
-        "chosen, rejected; prompt, completion, label; prompt, completion; messages; text",
+        "chosen, rejected; prompt, completion, label; prompt, completion; messages; text; prompt",
     ),
     "demonstrations for dpo.py": (
         "dpo", {"prompt": "Why?", "completion": " So."},

@@ -859,6 +859,37 @@ def test_reward_that_goes_wrong_in_step_3(run, whole, made, fault, told):
     assert_went_on(whole, "out")
 
 
+def broken_in_step_3(run, monkeypatch, **flags) -> None:
+    with monkeypatch.context() as patch:
+        at_loss_call(patch, ppo, 2 * UPDATES + 1, break_down)
+        with pytest.raises(Broken):
+            run("out", **GOING_ON | flags)
+    assert checkpoints_in("out") == [2]
+
+
+def test_a_mended_reward_goes_on(run, made, tmp_path, monkeypatch, capsys):
+    """Else a checkpoint would be of no use to who had to mend what had stopped the run."""
+    judge = Path(shutil.copy(made / "judge.py", tmp_path / "mine.py"))
+    broken_in_step_3(run, monkeypatch, reward=f"{judge}:letters")
+    judge.write_text(judge.read_text() + "# mended\n")
+    assert run("out", **GOING_ON | {"reward": f"{judge}:letters"}) == 0
+    assert "mine.py has changed since: used as it is now" in capsys.readouterr().out
+    assert (Path("out") / "reward-mine.py").read_text() == judge.read_text()
+
+
+@pytest.mark.parametrize("which", ("reward", "value_model"))
+def test_a_model_that_changed_is_refused(run, reward_model, tmp_path, monkeypatch, which):
+    """Half of the run would have been scored by another one than the rest."""
+    folder = shutil.copytree(reward_model, tmp_path / "mine")
+    broken_in_step_3(run, monkeypatch, **{which: str(folder)})
+    weights = load_file(folder / "model.safetensors")
+    weights["score.weight"] = weights["score.weight"] + 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(common.UserError, match="mine changed since"):
+        run("out", **GOING_ON | {which: str(folder)})
+    assert checkpoints_in("out") == [2]
+
+
 def test_reward_model_that_goes_wrong(run, reward_model):
     broken = Path(shutil.copytree(reward_model, "broken-reward"))
     weights = load_file(broken / "model.safetensors")

@@ -496,6 +496,21 @@ def test_what_is_drawn_for_a_prompt_depends_on_its_number_alone():
         assert letters(other) != letters(rows)
 
 
+def test_pairs_in_a_file(tmp_path):
+    """A prompt without a BOS in front loses nothing; scores are numbers that JSON has."""
+    rows = rso.pairs_of(
+        [sampled("ab", [0.1, 0.7])], 2, math.inf, "first-round", (0, 1), Letters(), ""
+    )
+    whole = np.array([7, 8], np.int32)
+    rows.append(common.Row(whole, rows[0].responses, whole, np.array([2.0, 1.0])))
+    generation.write_pairs(tmp_path / "pairs.jsonl", rows, Letters())
+    sides = {"chosen_ids": [3, 0], "rejected_ids": [2, 0], "chosen": "b", "rejected": "a"}
+    assert json_lines(tmp_path / "pairs.jsonl") == [
+        sides | {"prompt": "d", "prompt_ids": [1, 5], "chosen_score": 0.7, "rejected_score": 0.1},
+        sides | {"prompt": "fg", "prompt_ids": [7, 8], "chosen_score": 2.0, "rejected_score": 1.0},
+    ]
+
+
 # -- whole runs
 
 
@@ -560,6 +575,8 @@ def test_a_run_leaves_samples_and_pairs(run, made, checkpoints, tmp_path, model)
     assert [name for name in before if torch.equal(before[name], after[name])] == []
     steps = steps_of("out")
     assert [step["step"] for step in steps] == [1, 2]
+    # gamma: what the log-ratio is multiplied with, where the model scores answers.
+    assert json.loads(Path("out/config.json").read_text())["plainpref"]["beta"] == 0.5
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
     tokenizer = common.load_tokenizer(str(checkpoints(model)), 64)
@@ -624,21 +641,59 @@ def test_a_run_that_broke_goes_on_with_its_samples(run, monkeypatch):
     run("whole")
     generate = generation.generate
     for lost in (False, True):
-        folder = f"broken-{lost}"
+        folder, cache = f"broken-{lost}", {"cache_dir": f"cache-{lost}"}
         with monkeypatch.context() as patch:
             at_loss_call(patch, rso, in_step(4) + 1, break_down)
             with pytest.raises(Broken):
-                run(folder)
+                run(folder, **cache)
         assert checkpoints_in(folder) == [2]
         with monkeypatch.context() as patch:
             patch.setattr(generation, "generate", generate if lost else None)
             if lost:
-                Path(folder, "sampled.jsonl").unlink()
+                for file in (*Path(folder).glob("sampled*"), *Path(f"cache-{lost}").iterdir()):
+                    file.unlink()
                 Path(folder, "accepted.jsonl").unlink()
-            assert run(folder) == 0
+            assert run(folder, **cache) == 0
         assert_same_run("whole", folder)
         for name in ("sampled.jsonl", "sampled-held-out.jsonl", "accepted.jsonl"):
             assert Path("whole", name).read_bytes() == Path(folder, name).read_bytes()
+
+
+def test_a_mended_reward_is_another_run(run, made, monkeypatch, tmp_path):
+    """It would go on with other pairs than the checkpoint has learned from. Which file, is said."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(LENGTHS)
+    with monkeypatch.context() as patch:
+        at_loss_call(patch, rso, in_step(4) + 1, break_down)
+        with pytest.raises(Broken):
+            run("out", reward=f"{mine}:score")
+    before = Path("out/sampled.jsonl").read_bytes()
+    mine.write_text(LENGTHS.replace("% 11", "% 12"))
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "generate", None)
+        with pytest.raises(common.UserError, match=f"out holds another run: .*{mine} has changed"):
+            run("out", reward=f"{mine}:score")
+        assert Path("out/sampled.jsonl").read_bytes() == before
+        mine.write_text(LENGTHS)
+        assert run("out", reward=f"{mine}:score") == 0
+
+
+def test_other_settings_of_the_rest_find_the_samples(run, monkeypatch, capsys):
+    """Sampled once, learned from in several ways."""
+    assert run("out", max_steps=1) == 0
+    samples = [Path("out", name) for name in ("sampled.jsonl", "sampled-held-out.jsonl")]
+    cached = sorted(Path("runs/.cache").glob("sampled-*.jsonl"))
+    assert len(cached) == 2 and all(any(x.samefile(y) for y in cached) for x in samples)
+    said = capsys.readouterr().out
+    assert all(f"tokens/s, in {file}\n" in said for file in cached)
+    monkeypatch.setattr(generation, "generate", None)
+    for name, value in (
+        ("sampling_beta", 0.1), ("gamma", 0.3), ("accepted", 2), ("ranking", "tournament"),
+    ):  # fmt: skip
+        assert run(name, max_steps=1, **{name: value}) == 0
+        assert all(file.samefile(Path(name, file.name)) for file in samples)
+        same = [Path(folder, "accepted.jsonl").read_bytes() for folder in ("out", name)]
+        assert (same[0] == same[1]) == (name == "gamma")
 
 
 def test_a_run_that_broke_while_it_sampled(run, monkeypatch):
@@ -651,9 +706,10 @@ def test_a_run_that_broke_while_it_sampled(run, monkeypatch):
     monkeypatch.setattr(generation, "sample_and_score", a_few)
     run("whole")
     with pytest.raises(common.UserError, match="gone"):
-        run("broken", reward="half")
-    assert 0 < len(json_lines("broken/sampled.jsonl")) < len(json_lines("whole/sampled.jsonl"))
-    assert run("broken") == 0
+        run("broken", reward="half", cache_dir="cache")
+    (half,) = Path("cache").glob("sampled-*.jsonl")
+    assert len(json_lines(half)) == 16 and not Path("broken/sampled.jsonl").exists()
+    assert run("broken", cache_dir="cache") == 0
     assert_same_run("whole", "broken")
     assert run("other seed", seed=1) == 0
     assert run("other half", accepted=2) == 0
@@ -676,12 +732,20 @@ def test_a_run_that_broke_while_it_sampled(run, monkeypatch):
         ({"prompts": 0}, "--prompts"),
         ({"reward": ""}, "--reward"),
         ({"reward": "nowhere.py:score"}, "nowhere.py"),
-        ({"reward": "constant"}, "less than one --batch-size"),
+        ({"micro_batch_size": 3}, "--micro-batch-size 3 does not divide a process's 8 rows"),
     ],
 )
-def test_what_cannot_work_is_said(run, flags, told):
+def test_what_cannot_work_is_said(run, monkeypatch, flags, told):
+    """Before hours of sampling; before the model is there."""
+    monkeypatch.setattr(common, "load_policy", None)
     with pytest.raises(common.UserError, match=told):
         run("out", **flags)
+
+
+def test_too_few_pairs(run):
+    """Which only the samples tell."""
+    with pytest.raises(common.UserError, match="less than one --batch-size"):
+        run("out", reward="constant")
 
 
 def test_fewer_prompts(run, capsys):
@@ -706,20 +770,22 @@ def test_two_processes_sample_and_train_as_one(run, made, checkpoints):
 
 
 def test_what_samples_depend_on(run, made, monkeypatch):
-    """All of that is in the facts that a file of samples is reused by, and nothing else."""
-    known = []
+    """All of that is in the facts that a file of samples is called by, and nothing else."""
+    known, lengths = [], str(made.parent / "lengths.py")
 
-    def stop(policy, prompts, tokenizer, reward, run, file, facts, *args, **more):
-        known.append(json.dumps(facts))
-        raise Broken
+    class Stop:
+        def __init__(self, folder, label, cache, facts, prompts, samples):
+            known.append(json.dumps(facts))
+            assert cache == Path("runs/.cache") and lengths[:-3] in json.dumps(facts["files"])
+            raise Broken
 
-    monkeypatch.setattr(generation, "sample_and_score", stop)
+    monkeypatch.setattr(generation, "_Kept", Stop)
     other = made.parent / "lengths-2.py"
     other.write_text(LENGTHS.replace("% 11", "% 12"))
     moved = [
         {"seed": 1}, {"temperature": 0.9}, {"top_k": 5}, {"samples": 7}, {"prompts": 30},
         {"max_length": 50}, {"max_prompt_length": 39}, {"dtype": "float64"}, {"model": "qwen2"},
-        {"reward": f"{other}:score"},
+        {"reward": f"{other}:score"}, {"attn": "eager"}, {"lora_rank": 2},
     ]  # fmt: skip
     same = [
         {"gamma": 0.3},

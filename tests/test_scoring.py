@@ -3,6 +3,7 @@ answer at a time; and whatever else can score, with all that can go wrong there.
 """
 
 import math
+import random
 import signal
 import sys
 from dataclasses import replace
@@ -13,9 +14,10 @@ import pytest
 import torch
 from conftest import TOKENIZER_OF, make_config, make_tokenizer
 from test_logps import PAIRS, RAGGED, random_rows
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+import family
 import scoring
 
 ARCHITECTURES = ("llama", "gemma2", "gpt2", "qwen2")  # gpt2: padding is the end-of-sequence
@@ -642,6 +644,8 @@ def test_models_that_are_no_reward_models(here, checkpoints, bos_tokenizer, run)
         assert str(error.value) == (
             f"--reward {folder}: not a reward model, which is an AutoModelForSequence"
             f"Classification with one label (this has {labels}); reward_model.py makes one"
+            + "; or two language models a@b"
+            * (labels == 0)
         )
 
 
@@ -663,3 +667,85 @@ def test_a_row_that_is_scored_alone_is_not_moved_by_the_layout(reward_models, ru
     whole = scoring.response_scores(model, micro)
     wrong = replace(micro, ends=micro.ends - 1)
     assert (scoring.response_scores(model, wrong) - whole).abs().min() > 1e-3
+
+
+# -- a@b: what a language model has learned from preferences
+
+
+@torch.no_grad()
+def plain_logp(folder, prompt: np.ndarray, answer: np.ndarray) -> float:
+    """log pi(answer | prompt), by plain Transformers."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
+    logps = model(ids).logits[0].double().log_softmax(-1)
+    at = range(len(prompt) - 1, ids.shape[1] - 1)
+    return sum(float(logps[i, ids[0, i + 1]]) for i in at)
+
+
+def preferred(start: Path, folder: Path, beta: float | None) -> Path:
+    """What dpo.py might have left: other weights, and its beta in the config."""
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    if beta is not None:
+        model.config.plainpref = {"base_model": "a", "history": ["dpo"], "beta": beta}
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(start).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("beta", (0.25, None))
+@pytest.mark.parametrize("architecture", ("llama", "gpt2"))
+def test_two_language_models(architecture, beta, checkpoints, tmp_path, run, capsys):
+    """beta times the log-ratio; nothing a value network could begin from."""
+    start = checkpoints(architecture)
+    learned = preferred(start, tmp_path / "learned", beta)
+    tokenizer = common.load_tokenizer(str(start), 1)
+    reward = scoring.load_reward(f"{learned}@{start}", tokenizer, run, "float32")
+    prompts = asked(["the cat?", "a dog ran far off?"], tokenizer)
+    answers = tokens([" yes", " no the mat"], tokenizer, end=[True, False])
+    expected = [
+        (beta or 1.0) * (plain_logp(learned, x, y) - plain_logp(start, x, y))
+        for x, y in zip(prompts, answers, strict=True)
+    ]
+    assert max(map(abs, expected)) > 1e-2
+    torch.testing.assert_close(reward(prompts, answers).tolist(), expected, rtol=0, atol=2e-5)
+    assert reward.values_from is None
+    assert f"{beta or 1.0} times the log-ratio" in capsys.readouterr().out
+
+
+def test_a_model_against_itself_scores_nothing(checkpoints, run):
+    start = checkpoints("llama")
+    tokenizer = common.load_tokenizer(str(start), 1)
+    reward = scoring.load_reward(f"{start}@{start}", tokenizer, run, "float32")
+    scores = reward(asked(["the cat?"], tokenizer), tokens([" yes"], tokenizer))
+    assert scores.tolist() == [0.0]
+
+
+def test_the_embedded_reward_knows_better_than_chance(run):
+    """On 64 unseen questions: of two samples that differ in true reward it prefers the better."""
+    tokenizer = common.load_tokenizer("tiny", 1)
+    reward = scoring.load_reward("tiny-preferred@tiny", tokenizer, run, "float32")
+    rng, prompts, answers, better = random.Random(0), [], [], []
+    for text in family.test_prompts(64):
+        names = text.split("?")[0].split()[-1]  # who asks is in no right answer
+        right = family.write(family.right_answer(text))
+        wrong = " " + rng.choice([n for n in (names, "Zoe") if n not in right])
+        for answer, good in ((right, True), (wrong, False)):
+            prompts.append(np.array(tokenizer(text).input_ids, np.int32))
+            ids = tokenizer(answer, add_special_tokens=False).input_ids
+            answers.append(np.array([*ids, tokenizer.eos_token_id], np.int32))
+            better.append(good)
+    scores = reward(prompts, answers)
+    assert (scores[0::2] > scores[1::2]).double().mean() > 0.65
+
+
+def test_two_models_of_which_one_is_not_there(here, checkpoints):
+    start = checkpoints("llama")
+    for name in (f"{start}@runs/none", f"runs/none@{start}"):
+        with pytest.raises(common.UserError, match="--reward runs/none: there is no such folder"):
+            scoring.check_reward(name)

@@ -243,6 +243,11 @@ def test_losses_are_pure(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_left_to_fill_in(method):
+    assert not re.search(r"\b[A-Z]+_TINY\b|\bTODO\b|\bXXX\b", METHODS[method])
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_import_trains_nothing(method, tmp_path, monkeypatch):
     assert does_something_on_import(METHODS[method]) == []
     monkeypatch.chdir(tmp_path)
