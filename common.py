@@ -448,7 +448,9 @@ class Run(Processes):
     def _sources(self) -> dict[str, Path]:
         """What computes the weights: the script first. A reward's file may be called like ours."""
         used = {"sharding.py": self.args.fsdp, "adapters.py": self.args.lora_rank}
-        for name in re.findall(r"^import (generation|scoring)$", self.script.read_text(), re.M):
+        for name in re.findall(
+            r"^import (generation|samples|scoring)$", self.script.read_text(), re.M
+        ):
             used[f"{name}.py"] = True
         found = [HERE / "kernels" / "token_logps.py", *(HERE / n for n in used if used[n])]
         found = [self.script, HERE / "common.py", *(file for file in found if file.is_file())]

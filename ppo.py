@@ -379,7 +379,7 @@ def main(args: Args) -> None:
     kept.setdefault("kl_coef", args.kl_coef)
     used = {args.model, begin, *common.parts_of_soup(args.ref_model or args.model)}
     used |= {args.reward} - {"family"} if ".py:" not in args.reward else set()
-    contents = common.from_main(lambda: {name: generation.contents_of(name) for name in used})
+    contents = common.from_main(lambda: {name: scoring.contents_of(name) for name in used})
     changed = [
         name
         for name, files in kept.setdefault("models", contents).items()

@@ -61,6 +61,7 @@ from torch import Tensor
 
 import common
 import generation
+import samples
 import scoring
 
 HELD_OUT_PROMPTS = 256  # of the held-out ones: each is sampled from as often as one to train on
@@ -213,7 +214,7 @@ def rso_loss(
 
 
 def pairs_of(
-    sampled: list[generation.Sampled],
+    sampled: list[samples.Sampled],
     n: int,  # accepted a prompt
     beta: float,
     ranking: str,
@@ -288,11 +289,11 @@ def main(args: Args) -> None:
     # Sample, score, accept: the policy is pi_sft here, also where the run goes on from a checkpoint.
     reward = scoring.load_reward(args.reward, tokenizer, run, args.dtype, args.attn, args.fsdp)
     facts = common.from_main(
-        lambda: generation.facts_of(args.model, args.reward, args.dtype, args.attn, args.lora_rank)
+        lambda: samples.facts_of(args.model, args.reward, args.dtype, args.attn, args.lora_rank)
     )
     for i, (rows, name) in enumerate(((train, "sampled"), (held_out, "sampled-held-out"))):
         prompts = [row.prompt for row in rows.rows]
-        sampled = prompts and generation.sample_and_score(
+        sampled = prompts and samples.sample_and_score(
             policy, prompts, tokenizer, reward, run, args.cache_dir, facts, args.samples,
             args.max_length - args.max_prompt_length, args.temperature, args.top_k,
             seed=common.hash_of(args.seed, i), label=name,
@@ -302,7 +303,7 @@ def main(args: Args) -> None:
             tokenizer, ("accepted", "held out")[i],
         )  # fmt: skip
     if common.MAIN_PROCESS:
-        generation.write_pairs(run.folder / "accepted.jsonl", train.rows, tokenizer)
+        samples.write_pairs(run.folder / "accepted.jsonl", train.rows, tokenizer)
     del reward  # before the optimizer comes
     gc.collect()
 

@@ -390,3 +390,16 @@ def _function_of(file: str, name: str, named: str) -> Callable[[list[str], list[
     if not callable(found):
         raise common.UserError(f"{named} {file}:{name}: there is no function {name} in {file}")
     return found
+
+
+def contents_of(name: str) -> dict[str, str]:
+    """File -> hash: the weights, settings and tokenizer of a model's folder, of both of a@b, or the
+    file of a function. A hub id stands for itself: it has none.
+    """
+    file = common.HERE / "family.py" if name == "family" else Path(name.rpartition(":")[0])
+    found = {file.expanduser()} if file.suffix == ".py" else set()
+    for part in (name, *name.split("@")):  # a folder may have such a name itself
+        path = common.model_folder(part)
+        for pattern in ("*.safetensors", "*config.json", "tokenizer.json"):
+            found.update(path.glob(pattern))
+    return {str(file): common.file_hash(file) for file in sorted(found) if file.is_file()}

@@ -130,7 +130,11 @@ def test_two_files_of_each_method_train(checkpoints, tmp_path, monkeypatch, scri
     assert {p.name for p in Path().iterdir()} - {"__pycache__", "runs"} == given | {"out"}
 
 
-SCORERS = ("generation.py", "scoring.py")  # what the scripts that sample and score need besides
+SCORERS = (
+    "generation.py",
+    "samples.py",
+    "scoring.py",
+)  # what the scripts that sample and score need besides
 LENGTH = "def length(prompts, responses):\n    return [len(r) / 9 for r in responses]\n"
 
 

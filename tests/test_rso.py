@@ -37,6 +37,7 @@ from test_train import (
 import common
 import generation
 import rso
+import samples
 from dpo import dpo_loss
 from rso import pair_up, rejection_sample, rso_loss
 
@@ -454,11 +455,11 @@ class Letters:
         return "".join(chr(ord("a") + (i - 2) % 26) for i in ids)
 
 
-def sampled(text: str, scores: list[float], prompt: int = 5) -> generation.Sampled:
+def sampled(text: str, scores: list[float], prompt: int = 5) -> samples.Sampled:
     """Answers of a letter each; a capital one is the same letter by another id, without an end."""
     ids = [[ord(x) - 95, 0] if x.islower() else [ord(x) - 37] for x in text]
     answers = [np.array(x, np.int32) for x in ids]
-    return generation.Sampled(np.array([1, prompt], np.int32), answers, np.array(scores))
+    return samples.Sampled(np.array([1, prompt], np.int32), answers, np.array(scores))
 
 
 def letters(rows: list[common.Row]) -> list[str]:
@@ -503,7 +504,7 @@ def test_pairs_in_a_file(tmp_path):
     )
     whole = np.array([7, 8], np.int32)
     rows.append(common.Row(whole, rows[0].responses, whole, np.array([2.0, 1.0])))
-    generation.write_pairs(tmp_path / "pairs.jsonl", rows, Letters())
+    samples.write_pairs(tmp_path / "pairs.jsonl", rows, Letters())
     sides = {"chosen_ids": [3, 0], "rejected_ids": [2, 0], "chosen": "b", "rejected": "a"}
     assert json_lines(tmp_path / "pairs.jsonl") == [
         sides | {"prompt": "d", "prompt_ids": [1, 5], "chosen_score": 0.7, "rejected_score": 0.1},
@@ -698,12 +699,12 @@ def test_other_settings_of_the_rest_find_the_samples(run, monkeypatch, capsys):
 
 def test_a_run_that_broke_while_it_sampled(run, monkeypatch):
     """Before there is anything to train on: other settings may follow, and are sampled anew."""
-    sample = generation.sample_and_score
+    sample = samples.sample_and_score
 
     def a_few(*args, **more):
         return sample(*args, **more, chunk=16)
 
-    monkeypatch.setattr(generation, "sample_and_score", a_few)
+    monkeypatch.setattr(samples, "sample_and_score", a_few)
     run("whole")
     with pytest.raises(common.UserError, match="gone"):
         run("broken", reward="half", cache_dir="cache")
@@ -779,7 +780,7 @@ def test_what_samples_depend_on(run, made, monkeypatch):
             assert cache == Path("runs/.cache") and lengths[:-3] in json.dumps(facts["files"])
             raise Broken
 
-    monkeypatch.setattr(generation, "_Kept", Stop)
+    monkeypatch.setattr(samples, "_Kept", Stop)
     other = made.parent / "lengths-2.py"
     other.write_text(LENGTHS.replace("% 11", "% 12"))
     moved = [

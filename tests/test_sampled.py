@@ -14,7 +14,9 @@ from conftest import ROOT, run_script
 
 import common
 import generation
-from generation import Sampled, contents_of, facts_of, sample_and_score, text_of
+from generation import text_of
+from samples import Sampled, facts_of, sample_and_score
+from scoring import contents_of
 
 SAMPLES, CHUNK = 3, 4
 FACTS = {"model": "tiny random", "attn": "sdpa", "range": (0, 1), "files": {"a.bin": "0a"}}
@@ -411,7 +413,7 @@ def test_what_a_model_and_a_reward_hold(checkpoints, tmp_path, monkeypatch):
 
     facts = facts_of(str(folder), "mine.py:score", "float32", "eager", 4)
     files = facts.pop("files")
-    sources = {f"{name}.py" for name in ("common", "generation", "scoring")}
+    sources = {f"{name}.py" for name in ("common", "generation", "samples", "scoring")}
     assert {name for name in files if name not in expected | mine} == sources
     assert files["scoring.py"] == common.file_hash(ROOT / "scoring.py")
     assert facts == {
