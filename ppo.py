@@ -51,7 +51,7 @@ below 0 for a while is usual). An alarm is printed when the KL exceeds one nat a
 when entropy falls to a fifth or doubles: then read rollouts.jsonl. Scores that rise while objective/gold falls are
 over-optimisation: raise --kl-coef, or stop earlier.
 
-    python ppo.py                                                           # the embedded task and reward model, on a laptop
+    python ppo.py                                                           # the embedded task and its learned reward, on a laptop
     torchrun --nproc_per_node=4 ppo.py --fsdp --model runs/sft-model-gemma-2-2b --reward runs/reward_model-...   # after sft.py, reward_model.py
     python ppo.py --model runs/sft-... --dataset rows.jsonl --reward judge.py:score    # {"prompt"}; score(prompts, responses) -> numbers
 
@@ -153,7 +153,7 @@ class Args:
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_last: int = 1  # checkpoints kept
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens (and log-probs of a reference) are kept for the next run; default: runs/.cache
+    cache_dir: str | None = None  # where tokens, samples and log-probs of a reference are kept for the next run; default: runs/.cache
     track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
     seed: int = 0  # of the order of rows, and of whatever is sampled
     deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
@@ -302,7 +302,7 @@ def main(args: Args) -> None:
     run = common.start(args, SETTINGS, __file__)
     if not args.reward:
         raise common.UserError(
-            "--reward is needed: a reward model (reward_model.py makes one), family, or file.py:function"
+            "--reward is needed: a reward model (reward_model.py makes one), a@b, family, or file.py:function"
         )
     for name in (
         "temperature ppo_epochs minibatches clip_range value_clip_range adam_eps kl_horizon".split()
@@ -332,15 +332,11 @@ def main(args: Args) -> None:
     room = args.max_length - args.max_prompt_length  # tokens of an answer
     run.plan(train, args.minibatches)
 
-    # Four models. Two are trained: fp32 weights, gradients, optimizer state. Two are only asked:
-    # compute dtype, no gradients.
+    # Four models. Two are trained: fp32 weights, gradients, optimizer state. Two are only asked.
     asked = dict(
-        attn=args.attn,
-        share_prompt=False,
-        fused_logps=args.fused_logps,
-        fsdp=args.fsdp,
+        attn=args.attn, share_prompt=False, fused_logps=args.fused_logps, fsdp=args.fsdp,
         compile=args.compile,
-    )
+    )  # fmt: skip
     trained = asked | dict(
         gradient_checkpointing=args.gradient_checkpointing, lora_rank=args.lora_rank
     )
@@ -466,8 +462,11 @@ def main(args: Args) -> None:
         run.add({"objective/kl_coef": torch.tensor([kl_coef], dtype=torch.float64)})
         means = {name: float(x.mean()) for name, x in metrics.items()}
         show(run, rollouts, tokenizer)
-        for alarm in alarms(means, kept.setdefault("first", means)):
-            run.print(f"step {run.step + 1}: alarm: {alarm}")
+        found = alarms(means, kept.setdefault("first", means))
+        for alarm in found:
+            if alarm.split()[0] not in kept.get("alarmed", []):  # said once, until it is over
+                run.print(f"step {run.step + 1}: alarm: {alarm}")
+        kept["alarmed"] = [alarm.split()[0] for alarm in found]
         if args.kl_target:
             kept["kl_coef"] = next_kl_coef(
                 kl_coef, means["objective/kl"], args.kl_target, args.kl_horizon, len(prompts)

@@ -31,7 +31,7 @@ Options and departures
 
 Healthy: the loss starts near ln 2 (0.693; above, where the fresh head's scores differ much) and falls; accuracy on held-out pairs
 rises above 0.5, and what it can reach is what people agree on: 0.62 to 0.69 is published for TL;DR (1B to 6.9B), 0.7 to
-0.8 elsewhere. `tiny` reaches 0.53 of 0.76: see the README. Training accuracy far above held-out accuracy is overfitting: one epoch is usual.
+0.8 elsewhere. `tiny` reaches 0.52 of 0.76: see the README. Training accuracy far above held-out accuracy is overfitting: one epoch is usual.
 
     python reward_model.py                                                  # the embedded task, on a laptop
     torchrun --nproc_per_node=4 reward_model.py --model runs/sft-model-gemma-2-2b   # after sft.py --model gemma-2-2b
@@ -111,7 +111,7 @@ class Args:
     save_every: int = 100  # steps between checkpoints; 0: only at the end
     keep_last: int = 1  # checkpoints kept
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens (and log-probs of a reference) are kept for the next run; default: runs/.cache
+    cache_dir: str | None = None  # where tokens, samples and log-probs of a reference are kept for the next run; default: runs/.cache
     track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
     seed: int = 0  # of the order of rows, and of whatever is sampled
     deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
