@@ -2650,6 +2650,8 @@ def mend_for_transformers_4(folder: Path, dtype: torch.dtype) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # tokenizer.json says all there is to say
+    # Or version 4 gives token_type_ids too, which generate() and a decoder with a head refuse.
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(config.get("extra_special_tokens"), list):  # version 4: that name is of a dict
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")

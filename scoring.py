@@ -53,6 +53,11 @@ def load_score_model(
         found = common.load_policy(model, dtype, run, *how, name=name, scores=True, **more)
     finally:
         logging.set_verbosity(level)
+    if not hasattr(found, "score"):  # encoders have heads of many kinds
+        raise common.UserError(
+            f"{model}: {type(found).__name__} is no decoder with a linear head; as a reward, a "
+            "function of yours can ask it: --reward file.py:function"
+        )
     found.score_bias = float((getattr(found.config, "plainpref", None) or {}).get("score_bias", 0))
     return found
 

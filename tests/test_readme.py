@@ -33,8 +33,9 @@ def test_every_flag_that_is_named_exists():
     for script in SCRIPTS:
         fields = re.findall(r"^    (\w+): .*  # ", (ROOT / script).read_text(), re.M)
         known |= {"--" + name.replace("_", "-") for name in fields}
+    # torchrun's, pip's, hf's, memory.py's, rewardbench's
     others = """--nproc_per_node --nnodes --node_rank --master_addr --master_port --shutdown-timeout
-    --index-url --repo-type --local-dir --memory-gib""".split()  # torchrun's, pip's, hf's, ours
+    --index-url --repo-type --local-dir --memory-gib --torch_dtype --load_json""".split()
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - {*others}
     named = {name.replace("--no-", "--") for name in named}  # how a switch is turned off
     assert named and not named - known

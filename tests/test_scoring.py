@@ -749,3 +749,18 @@ def test_two_models_of_which_one_is_not_there(here, checkpoints):
     for name in (f"{start}@runs/none", f"runs/none@{start}"):
         with pytest.raises(common.UserError, match="--reward runs/none: there is no such folder"):
             scoring.check_reward(name)
+
+
+def test_an_encoder_is_no_reward_model(run, tmp_path):
+    """Its head is of another kind, and it would read what comes after."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = make_tokenizer("bos")
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_labels=1, max_position_embeddings=64,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(common.UserError, match="no decoder with a linear head.*file.py:function"):
+        scoring.load_reward(str(tmp_path), tokenizer, run, "float32")

@@ -294,6 +294,7 @@ def test_exported_settings_are_the_models_own(finished, script, architecture):
         assert (after["rotary_emb_base"], after["rotary_pct"]) == (10_000, 0.25)
     settings = json.loads((run.folder / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 @each_run

@@ -47,6 +47,7 @@ def look(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
     generation = transformers.GenerationConfig.from_pretrained(folder)
     facts = {
         "ids": [tokenizer(text).input_ids for text in TEXTS],
+        "given": sorted(tokenizer("a")),
         "plain ids": [tokenizer(text, add_special_tokens=False).input_ids for text in TEXTS],
         "names": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token],
         "numbers": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
@@ -68,9 +69,8 @@ def look(folder: str) -> tuple[dict, dict[str, np.ndarray]]:
         batch = torch.tensor([ids])
         with torch.no_grad():
             logits[str(i)] = model(input_ids=batch).logits[0].numpy()
-            made = model.generate(
-                batch, attention_mask=torch.ones_like(batch), do_sample=False, max_new_tokens=20
-            )
+            given = tokenizer(TEXTS[i], return_tensors="pt")  # as people do it
+            made = model.generate(**given, do_sample=False, max_new_tokens=20)
         greedy.append(tokenizer.decode(made[0]))
     return facts | {"greedy": greedy}, logits
 
