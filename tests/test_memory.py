@@ -128,6 +128,7 @@ def measure(folder: str, text: str) -> None:
     if world > 1:
         rises = [None] * world
         torch.distributed.all_gather_object(rises, rise)
+        torch.distributed.barrier()  # as Run.finish: else gloo's threads may end who leaves
         torch.distributed.destroy_process_group()
     if common.MAIN_PROCESS:
         print(json.dumps(rises))
