@@ -1016,6 +1016,14 @@ def test_an_alarm_is_printed(run, start_of, tmp_path, capsys):
     assert "step 1: alarm: KL " in capsys.readouterr().out
 
 
+def test_an_alarm_is_said_once_until_it_is_over(run, monkeypatch, capsys):
+    each = iter([["KL 1.1"], ["KL 1.2", "answers of 9"], ["answers of 8"], ["KL 1.3"]])
+    monkeypatch.setattr(ppo, "alarms", lambda now, first: next(each))
+    assert run("out", max_steps=4) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "alarm: " in line]
+    assert said == ["step 1: alarm: KL 1.1", "step 2: alarm: answers of 9", "step 4: alarm: KL 1.3"]
+
+
 @pytest.mark.parametrize(
     "flags, without_end",
     [
