@@ -10,7 +10,7 @@ A study is a list of runs: each method at its default strength with each seed, a
 then evaluate.py, both printed by --dry-run; what comes of it is a small row, results/<name>/rows/<run>.json.
 A run that has its row is not repeated, one that was killed goes on from its checkpoint, and the same
 command makes the rest, today or next week. results/<name>/README.md and its pictures are made from the
-rows alone (study.py), after every run.
+rows alone (study.py).
 
 Budgets on the embedded task are the files' own settings for `tiny`: 300 steps of 16 rows; for PPO 30 steps
 of 128 prompts, for RSO 16 samples to each of 2,000 prompts and then 300 steps of 16 pairs. What PPO and RSO
@@ -79,6 +79,7 @@ LEARNED_REWARD = "tiny-preferred@tiny"
 BEST_OF = 4
 CURVE_POINTS = 6  # checkpoints that are kept and measured, on the embedded task
 QUICK = 3  # times fewer steps
+REPORT_EVERY = 600  # seconds, while runs are going on
 
 
 # fmt: off
@@ -301,7 +302,7 @@ class Study:
             f"{self.threads} thread(s) each process",
             flush=True,
         )
-        begun = time.monotonic()
+        begun = reported = time.monotonic()
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         pool = ThreadPoolExecutor(self.jobs)
         waiting: dict[Future, Cell] = {pool.submit(self.run, cell): cell for cell in left}
@@ -315,7 +316,9 @@ class Study:
                         told = f"failed: {error}"
                     else:
                         told = self.told(cell)
-                        self.report()
+                        if time.monotonic() - reported > REPORT_EVERY:  # pictures take seconds
+                            self.report()
+                            reported = time.monotonic()
                     eta = self.eta([*waiting.values()], time.monotonic() - begun)
                     print(f"[{done}/{len(self.cells)}] {cell.name}: {told}{eta}", flush=True)
         except (KeyboardInterrupt, SystemExit):
@@ -362,11 +365,11 @@ class Study:
         try:
             if cell.train and (wrong := self.train(cell, slot)):
                 return wrong
-            result = self.runs / f"{cell.name}.measured.json"
+            result, measuring = self.runs / f"{cell.name}.measured.json", time.monotonic()
             if wrong := self.child(cell, cell.measure, slot):
                 return wrong
-            record = json.loads(result.read_text(encoding="utf-8"))
-            row = self.row(cell, record)
+            row = self.row(cell, json.loads(result.read_text(encoding="utf-8")))
+            row["measuring_seconds"] = round(time.monotonic() - measuring, 1)
             common.write_atomically(self.row_of(cell), json.dumps(row, indent=1) + "\n")
             shutil.rmtree(self.runs / f"{cell.name}.cache", ignore_errors=True)
             with self.guard:
@@ -488,10 +491,10 @@ def about(args: Args, cells: list[Cell], rows: list[dict]) -> dict:
         )
     if args.max_steps:
         budget = f"{args.max_steps} steps of each method's own batch"
-    trained = [row for row in rows if row.get("seconds")]
-    hours = sum(row["seconds"] for row in trained) / 3600
-    commits = sorted({row["commit"] for row in rows if row.get("commit")})
-    machines = sorted({f"{row['hardware']}, {row['jobs']} runs at once" for row in rows})
+    hours = {
+        what: sum(row.get(key) or 0 for row in rows) / 3600
+        for what, key in (("training", "seconds"), ("measuring", "measuring_seconds"))
+    }
     words = ["python compare.py"]
     for name, value in vars(args).items():
         usual = Args.__dataclass_fields__[name].default
@@ -503,21 +506,13 @@ def about(args: Args, cells: list[Cell], rows: list[dict]) -> dict:
     told = {
         "command": " ".join(words),
         "start": args.model,
-        "questions": max((_n(row) for row in rows), default=0),
         "budget": budget,
-        "commit": ", ".join(commits),
-        "hardware": "; ".join(machines),
-        "training": f"{hours:.1f} hours, runs added up",
+        "wall-clock": f"{hours['training']:.1f} hours of training and {hours['measuring']:.1f} of "
+        "measuring, all runs added up (several run at once)",
     }
     if missing:
         told["still to come"] = ", ".join(sorted(missing))
     return {"title": f"Methods compared: {args.name}"} | told
-
-
-def _n(row: dict) -> int:
-    return max(
-        (e.get("n") or 0 for e in row["measured"].values() if isinstance(e, dict)), default=0
-    )
 
 
 def _gpus() -> list[str]:
