@@ -58,9 +58,10 @@ class Method:
     samples: bool = False  # scores answers of its own: wants a reward
 
 
-# Fine-tuned on chosen answers: sft.py's settings for `tiny` make it from random weights instead.
+# Fine-tuned on chosen answers: sft.py's settings for `tiny` make it from random weights instead. Of 2e-4 and 5e-4
+# the learning rate with the lower held-out loss (0.838 and 0.871; the start 0.841).
 PREFERRED_FT = {
-    "train_on_prompt": False, "lr": 5e-4, "max_steps": 300, "schedule": "linear", "warmup_ratio": 0.05,
+    "train_on_prompt": False, "lr": 2e-4, "max_steps": 300, "schedule": "linear", "warmup_ratio": 0.05,
     "max_length": 160, "max_prompt_length": 128,
 }  # fmt: skip
 METHODS = {
