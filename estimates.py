@@ -5,7 +5,8 @@ Every number here is a mean over questions, and questions are what an interval i
 how far the mean would move on other questions of the same kind, with the same trained model. It
 says nothing of another seed of the training, which often moves more: that takes several runs.
 
-    interval            percentile bootstrap over questions (Efron and Tibshirani 1993, chapter 13)
+    interval            percentile bootstrap over questions (Efron and Tibshirani 1993, chapter 13);
+                        none where all are alike (every answer won), which it would take for certain
     win rate            share of questions on which a's answer is better than b's, ties halved
     at equal length     P(win) = sigmoid(u + v tanh(d / s)), d the difference of the two lengths and
                         s its root mean square; sigmoid(u) is the win rate where d = 0. That is the
@@ -16,6 +17,7 @@ numpy alone, nothing else of this project: to be copied.
 """
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -34,31 +36,40 @@ class Estimate:
         return {k: v if v is not None and np.isfinite(v) else None for k, v in asdict(self).items()}
 
 
+@lru_cache(maxsize=4)  # a table has a hundred means over as many questions
 def resamples(n: int, many: int = RESAMPLES, seed: int = 0) -> np.ndarray:
     """(many, n) how often each of n questions is drawn in each resample. Equal n, equal draws:
     what is compared on the same questions is resampled together.
     """
-    draw = np.random.default_rng(seed)
-    return draw.multinomial(n, np.full(n, 1 / n), size=many).astype(np.float32)
+    drawn = np.random.default_rng(seed).integers(0, n, (many, n))
+    drawn += n * np.arange(many)[:, None]  # faster than a multinomial
+    return np.bincount(drawn.ravel(), minlength=many * n).reshape(many, n).astype(np.float32)
 
 
-def mean(values: np.ndarray, seed: int = 0) -> Estimate:
-    """Of one number a question; NaN: this question has none."""
+def mean(values: np.ndarray, seed: int = 0, questions: np.ndarray | None = None) -> Estimate:
+    """Of one number a question; NaN: this question has none. `questions` tells of which question
+    each number is, where one may have several (pairs): these are drawn together.
+    """
     values = np.asarray(values, np.float64)
-    values = values[~np.isnan(values)]
+    there = ~np.isnan(values)
+    values, sizes = values[there], np.ones(int(there.sum()))
+    value = float(values.mean()) if len(values) else float("nan")
+    if questions is not None:
+        of = np.unique(np.asarray(questions)[there], return_inverse=True)[1]
+        values, sizes = np.bincount(of, values), np.bincount(of).astype(np.float64)
     n = len(values)
-    if n < 2:
-        return Estimate(float(values[0]) if n else float("nan"), n=n)
-    means = np.concatenate([counts @ values / n for counts in _in_parts(n, seed)])
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Estimate(float(values.mean()), float(low), float(high), n)
+    if n < 2 or np.ptp(values / sizes) == 0:
+        return Estimate(value, n=n)
+    means = [(counts @ values) / (counts @ sizes) for counts in _in_parts(n, seed)]
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    return Estimate(value, float(low), float(high), n)
 
 
 def statistic(of, n: int, seed: int = 0, many: int = 500) -> Estimate:
     """Of any function of question numbers, such as a corpus score, which is no mean."""
     draw = np.random.default_rng(seed)
     found = [of(draw.integers(0, n, n)) for _ in range(many)] if n > 1 else []
-    low, high = np.quantile(found, (0.025, 0.975)) if found else (None, None)
+    low, high = map(float, np.quantile(found, (0.025, 0.975))) if found else (None, None)
     return Estimate(float(of(np.arange(n))), low, high, n)
 
 
@@ -95,6 +106,8 @@ def win_rate_at_equal_length(
         return Estimate(float("nan"), n=n)
     x = np.tanh(d / scale)
     value = _intercepts(wins, x, np.ones((1, n)))[0]
+    if np.ptp(wins) == 0:
+        return Estimate(float(value), n=n)
     low, high = np.quantile(_intercepts(wins, x, resamples(n, many, seed)), (0.025, 0.975))
     return Estimate(float(value), float(low), float(high), n)
 

@@ -6,12 +6,13 @@
     python evaluate.py --model runs/sft-... --dataset tldr --reward runs/reward --best-of 16 --temperature 1
     python evaluate.py --model google/gemma-2-9b-it --dataset ultrafeedback --split train --export teacher.jsonl --temperature 0.7
 
-What is measured (a is --model, b is --baseline), each with a 95 % interval over questions (estimates.py)
+What is measured (a is --model, b is --baseline), each mean with a 95 % interval over questions (estimates.py)
 
     reward           of an answer, by --reward: a reward model, two models a@b, family, file.py:function
     win rate         share of questions on which a's answer has the higher reward, ties halved; and what it
                      would be at equal length (estimates.py), because many rewards simply like longer answers
-    judge            the same by a language model behind an OpenAI-compatible endpoint (judging.py)
+    judge            the same by a language model behind an OpenAI-compatible endpoint (judging.py), of the
+                     answers at the lowest --temperature
     KL(a || b)       mean over a's own samples of log a(y|x) - log b(y|x), nats an answer
     entropy          mean over a's own samples of -log a(y|x), nats an answer
     length           tokens, end-of-sequence included; ended: the share that has one
@@ -21,8 +22,9 @@ What is measured (a is --model, b is --baseline), each with a 95 % interval over
                      and a has right, and the other way round
     text metrics     chrF, BLEU (sacrebleu) and ROUGE-L (rouge-score) against the set's own answers
 
-Rows are held out just as the training scripts do it, so `--dataset` is what they were given. Answers of a
-and of b are drawn independently, at each --temperature; KL, entropy and log-probs of samples are at the
+Rows are held out just as the training scripts do it, so `--dataset` is what they were given. Where that is
+a part of the training rows, what a's run.json tells of its run keeps out whatever it has learned from.
+Answers of a and of b are drawn independently, at each --temperature; KL, entropy and log-probs of samples are at the
 temperature they were drawn with. Answers lie in the cache as JSONL, by all that moves a token: a run that
 was killed goes on, and another reward or judge costs no sampling. Only the last chunk is made again.
 
@@ -37,6 +39,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +47,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
 import common
 import estimates
@@ -61,12 +64,12 @@ class Args:
     baseline: str | None = None  # b: another model, `chosen` (the set's own answers), or `none`; default: what --model was trained from, as its folder tells
     # On what
     dataset: str | None = None  # as the training scripts take it; default: family for models that began from tiny
-    eval_dataset: str | None = None  # held-out rows; default: the dataset's own test split, else a twentieth of it
+    eval_dataset: str | None = None  # held-out rows; default: those of a's own run on this dataset, else the dataset's own test split, else a twentieth of it
     split: Literal["held-out", "train"] = "held-out"  # train: for --export alone, what is learned from is no test
     prompts: int = 1024  # questions at most, and pairs at most, chosen by a hash
     skip_bad_rows: bool = False  # go on without rows that cannot be used, instead of stopping
     max_length: int | None = None  # tokens of prompt and response together, of pairs; default: 2048, or what the model takes (embedded task: 176)
-    max_prompt_length: int | None = None  # tokens kept of a prompt that is too long; default: 1024 (embedded task: 160)
+    max_prompt_length: int | None = None  # tokens kept of a prompt that is too long; default: 1024, or what the model takes (embedded task: 160)
     # How answers are made
     temperature: tuple[float, ...] = (1.0, 0.0)  # of each set of answers; 0: greedy
     max_new_tokens: int | None = None  # of an answer; default: 128 (embedded task: 16)
@@ -102,23 +105,27 @@ CURVE_QUESTIONS = 256
 
 def begin(args: Args) -> common.Processes:
     """Fill in what was left out, refuse what cannot be, start the processes."""
-    embedded = common.short_name(args.model) == "tiny"
-    usual = {"max_length": 176, "max_prompt_length": 160, "max_new_tokens": 16}
-    usual |= {"dataset": "family", "reward": "family"}
-    if not embedded or (args.dataset or "family").split(":")[0] != "family":
-        usual = {"max_length": None, "max_prompt_length": 1024, "max_new_tokens": 128}
-        if embedded:  # other files with questions of the embedded task
-            usual |= {"max_length": 176, "max_prompt_length": 160, "max_new_tokens": 16}
+    usual: dict[str, Any] = {"max_new_tokens": 128}
+    if common.short_name(args.model) == "tiny":
+        usual = {"max_length": 176, "max_prompt_length": 160, "max_new_tokens": 16}
+        if (args.dataset or "family").split(":")[0] == "family":
+            usual |= {"dataset": "family", "reward": "family"}
     for name, value in usual.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.dataset is None:
         raise common.UserError("--dataset: on which questions? (a file, a short name, a hub id)")
+    learned = of_run(args.model)
+    if args.eval_dataset is None and learned.get("dataset") == args.dataset:
+        args.eval_dataset = learned.get("eval_dataset")  # else all of --dataset was learned from
     if args.baseline is None:
         args.baseline = trained_from(args.model)
+    if args.baseline not in ("none", "chosen", "tiny-untrained"):
+        common.resolve_model(args.baseline, "--baseline")
     least = {"prompts": 1, "max_new_tokens": 1, "best_of": 1, "batch_size": 1, "judge_workers": 1}
-    for name, low in (least | {"top_k": 0, "seed": 0}).items():
-        if getattr(args, name) < low:
+    least |= {"top_k": 0, "seed": 0, "max_length": 2, "max_prompt_length": 1}
+    for name, low in least.items():
+        if (value := getattr(args, name)) is not None and value < low:
             raise common.UserError(f"{common.flag(name)} must be {low} or more")
     if not args.temperature or not all(0 <= t < float("inf") for t in args.temperature):
         raise common.UserError("--temperature must be 0 (greedy) or positive")
@@ -138,6 +145,10 @@ def begin(args: Args) -> common.Processes:
         raise common.UserError("--judge and --judge-model belong together")
     if args.judge and args.baseline == "none":
         raise common.UserError("--judge compares answers, so it needs a --baseline")
+    if args.judge:  # its address and its template are looked at
+        judge_of(args)
+    if args.plot and not args.reward:
+        raise common.UserError("--plot shows length against reward, so it needs a --reward")
     for name in ("reward", "select_by"):
         if value := getattr(args, name):
             scoring.check_reward(value, common.flag(name))
@@ -145,7 +156,9 @@ def begin(args: Args) -> common.Processes:
         if (file := getattr(args, name)) and not Path(file).expanduser().parent.is_dir():
             raise common.UserError(f"{common.flag(name)} {file}: there is no such folder")
     if args.text_metrics:
-        common.needed("textmetrics", "--text-metrics").check(["chrf", "bleu", "rouge_l"])
+        common.needed("textmetrics", "--text-metrics").check(
+            ["chrf", "bleu", "rouge_l"], args.bleu_tokenize
+        )
     common.hf_logging.disable_progress_bar()
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -155,17 +168,26 @@ def begin(args: Args) -> common.Processes:
     torch.manual_seed(args.seed)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))
+        # The others wait while one asks a judge, or waits for another run that makes the same answers.
+        dist.init_process_group(backend, timeout=timedelta(hours=24))
     return common.Processes()
 
 
-def trained_from(model: str) -> str:
-    """What a folder of ours began from, if its run.json says so and that is still there."""
+def of_run(model: str) -> dict[str, Any]:
+    """The arguments of the run that made a folder, and its `script`; {}: no run of ours."""
     try:
         record = json.loads((common.model_folder(model) / "run.json").read_text(encoding="utf-8"))
-        before = record["arguments"]["model"]
+        return record["arguments"] | {"script": Path(next(iter(record["source"]))).stem}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+        return {}
+
+
+def trained_from(model: str) -> str:
+    """What a folder of ours began from, if that is still there."""
+    before = of_run(model).get("model", "tiny-untrained")
+    try:
         common.resolve_model(before)
-    except (OSError, ValueError, KeyError, TypeError, common.UserError):
+    except common.UserError:
         return "none"
     return "none" if before == "tiny-untrained" else before
 
@@ -182,24 +204,26 @@ class Questions:
 
 def read_questions(args: Args, tokenizer: Any) -> Questions:
     own_needed = args.baseline == "chosen" or args.text_metrics or args.export_chosen
-    if args.dataset == "family" and args.split == "held-out" and not own_needed:
+    own_test = args.split == "held-out" and not args.eval_dataset
+    if args.dataset == "family" and own_test and not own_needed:
         import family
 
         texts = family.test_prompts(args.prompts)
         common.say("questions", f"{len(texts):,} unseen questions of the embedded task")
         return Questions([np.array(tokenizer(text).input_ids, np.int32) for text in texts], None)
-    embedded = args.dataset.split(":")[0] == "family"  # its demonstrations are dialogues
-    kinds = ("pair",) if embedded else ("demonstration", "prompt")
-    kind = next((kind for kind in kinds if offers(args.dataset, kind)), None)
+    asked = read_from(args)
+    embedded = asked.split(":")[0] == "family"  # its demonstrations are dialogues
+    kinds = ("pair",) if embedded else ("demonstration", "prompt", "pair")
+    kind = next((kind for kind in kinds if offers(asked, kind)), None)
     if kind is None:
-        raise common.UserError(f"{args.dataset}: there are no prompts in it")
+        raise common.UserError(f"{asked}: there are no prompts in it")
     rows = read_rows(args, kind, tokenizer)
     first: dict[bytes, common.Row] = {}
     for row in rows.rows:  # one question each, and none of a text that answers nothing
         if len(row.ask) > len(tokenizer.bos):
             first.setdefault(row.ask.tobytes(), row)
     if not first:
-        raise common.UserError(f"{args.dataset}: no row asks anything (texts have no prompt)")
+        raise common.UserError(f"{asked}: no row asks anything (texts have no prompt)")
     kept = list(first.values())
     if len(kept) > args.prompts:
         kept, _ = common._choose(kept, args.prompts, tokenizer, rows.tail)
@@ -207,7 +231,7 @@ def read_questions(args: Args, tokenizer: Any) -> Questions:
     own = None if kind == "prompt" else [row.responses[0] for row in kept]
     if own_needed and own is None:
         raise common.UserError(
-            f"{args.dataset}: its rows have no answers, which --baseline chosen, --text-metrics and "
+            f"{asked}: its rows have no answers, which --baseline chosen, --text-metrics and "
             "--export-chosen need"
         )
     most = args.max_prompt_length
@@ -220,7 +244,7 @@ def _at_most(prompt: np.ndarray, most: int, tokenizer: Any) -> np.ndarray:
 
 
 def read_pairs(args: Args, tokenizer: Any) -> common.Rows | None:
-    if not args.rank or args.split == "train" or not offers(args.dataset, "pair"):
+    if not args.rank or args.split == "train" or not offers(read_from(args), "pair"):
         return None
     rows = read_rows(args, "pair", tokenizer)
     if len(rows) > args.prompts:
@@ -229,9 +253,9 @@ def read_pairs(args: Args, tokenizer: Any) -> common.Rows | None:
 
 
 CONVERTED = {  # what a row can be turned into, by what it is
-    "ranked": ("pair", "demonstration", "prompt"),
-    "pair": ("pair", "demonstration", "prompt"),
-    "labelled": ("demonstration", "prompt"),
+    "ranked": ("ranked", "pair", "labelled", "demonstration", "prompt"),
+    "pair": ("ranked", "pair", "labelled", "demonstration", "prompt"),
+    "labelled": ("labelled", "demonstration", "prompt"),
     "demonstration": ("demonstration", "prompt"),
     "messages": ("demonstration", "prompt"),
     "prompt": ("prompt",),
@@ -239,25 +263,32 @@ CONVERTED = {  # what a row can be turned into, by what it is
 }
 
 
+def read_from(args: Args) -> str:
+    return args.eval_dataset if args.eval_dataset and args.split == "held-out" else args.dataset
+
+
 def offers(dataset: str, kind: str) -> bool:
-    """Whether a data set has rows of that kind, or such as become it: its first row tells."""
+    """Whether a data set has rows of that kind, or such as become it: its first row tells, of what
+    is held out where a split is, for that is read anyhow.
+    """
     if dataset.split(":")[0] == "family":
         return True
 
     def look() -> dict:
-        if sources := common.beside("sources"):
-            try:
+        try:
+            own = None
+            if sources := common.beside("sources"):
                 sources.find_named(dataset, kind)
-            except common.UserError as error:
-                if "rows are needed" not in str(error):
-                    raise
-                return {"offers": False}
-        for _, raw in common._raw_rows(dataset, "train", kind):
-            if isinstance(raw, dict):
-                try:
+                own = sources.test_split(dataset, kind)
+            for _, raw in common._raw_rows(own or dataset, "test" if own else "train", kind):
+                if isinstance(raw, dict):
                     return {"offers": kind in CONVERTED[common._kind_of(raw)]}
-                except common.BadRow:
-                    return {"offers": True}  # reading all of it will say what is wrong
+        except common.BadRow:
+            pass  # reading all of it will say what is wrong
+        except common.UserError as error:  # a named set without such, or a copy of its other rows
+            if not any(told in str(error) for told in ("rows are needed", "was published with")):
+                raise
+            return {"offers": False}
         return {"offers": True}
 
     return common.from_main(look)["offers"]
@@ -274,10 +305,36 @@ def read_rows(args: Args, kind: str, tokenizer: Any) -> common.Rows:
         )[0]  # fmt: skip
     if test := args.eval_dataset or common._own_test_split(args.dataset, kind):
         return common._read(test, "test", *how)
-    return common.load_rows(
-        args.dataset, None, kind, tokenizer, *cut,
-        skip_bad_rows=args.skip_bad_rows, cache_dir=args.cache_dir,
-    )[1]  # fmt: skip
+
+    def part(kind: str, *cut: int) -> common.Rows:
+        return common.load_rows(
+            args.dataset, None, kind, tokenizer, *cut,
+            skip_bad_rows=args.skip_bad_rows, cache_dir=args.cache_dir,
+        )[1]  # fmt: skip
+
+    # Which rows these are is a matter of how many there are in all, and where prompts are cut. So a
+    # run that has read them as another kind, or cut them elsewhere, has held out other ones.
+    rows, run = part(kind, *cut), of_run(args.model)
+    theirs = READ_AS.get(run.get("script", ""))
+    their_cut = (run.get("max_length"), run.get("max_prompt_length"))
+    if (
+        theirs
+        and all(their_cut)
+        and (theirs, their_cut) != (kind, cut)
+        and offers(args.dataset, theirs)
+    ):
+        unseen = part(theirs, *their_cut)
+        end = slice(-min(rows.tail, unseen.tail) or None, None)
+        asks = lambda row: row.ask[len(tokenizer.bos) :][end].tobytes()  # noqa: E731
+        kept = {asks(row) for row in unseen.rows}
+        rows.rows = [row for row in rows.rows if asks(row) in kept]
+        common.say("held out", f"{len(rows):,} that {args.model} has not learned from")
+    return rows
+
+
+READ_AS = dict.fromkeys(("dpo", "cpo", "simpo", "slic"), "pair")
+READ_AS |= {"sft": "demonstration", "kto": "labelled", "ppo": "prompt", "rso": "prompt"}
+READ_AS |= {"listwise_dpo": "ranked", "pro": "ranked"}
 
 
 def load(model: str, args: Args, run: common.Processes, name: str) -> nn.Module:
@@ -315,7 +372,8 @@ def answers_of(
         ours = [common.HERE / f"{module}.py" for module in ("common", "generation")]
         files = scoring.contents_of(name) | {f.name: common.file_hash(f) for f in ours}
         state = hashlib.sha256(b"".join(p.astype("<i4").tobytes() + b"|" for p in prompts))
-        how = [temperature, seed, samples, args.top_k, args.max_new_tokens, args.dtype, args.attn]
+        how = [temperature, seed if temperature else 0, samples, args.top_k, args.max_new_tokens]
+        how += [args.dtype, args.attn, run.device.type]
         versions = [common._version(name) for name in ("torch", "transformers")]
         told = json.dumps([name, files, state.hexdigest(), how, versions], sort_keys=True)
         return {"key": hashlib.sha256(told.encode()).hexdigest()[:24]}
@@ -499,11 +557,13 @@ def rankings(
     logps: np.ndarray,  # (N, 2) of chosen and rejected answers, sums
     lengths: np.ndarray,  # (N, 2) tokens
     base_logps: np.ndarray | None,  # (N, 2) the baseline's
+    questions: np.ndarray | None = None,  # (N,) equal numbers: pairs of one question
 ) -> dict[str, Measured]:
     """Ties count as half: log-probs of answers that differ are hardly ever equal, those of a
     reference-normalised model that has not been trained always are.
     """
     right = lambda x: estimates.outcomes(x[:, 0], x[:, 1])  # noqa: E731
+    mean = lambda values: estimates.mean(values, questions=questions)  # noqa: E731
     ours = {"sum": right(logps), "mean": right(logps / lengths)}
     base = {}
     if base_logps is not None:
@@ -516,17 +576,16 @@ def rankings(
     }
     table = {
         f"ranking/{key}": Measured(
-            names[key], estimates.mean(values),
-            estimates.mean(base[key]) if key in base else None,
-            estimates.mean(values - base[key]) if key in base else None,
+            names[key], mean(values), mean(base[key]) if key in base else None,
+            mean(values - base[key]) if key in base else None,
         )
         for key, values in ours.items()
     }  # fmt: skip
     if base:
         mended = (base["sum"] < 0.5) & (ours["sum"] > 0.5)
         spoiled = (base["sum"] > 0.5) & (ours["sum"] < 0.5)
-        table["ranking/mended"] = Measured("  b wrong, a right", estimates.mean(mended))
-        table["ranking/spoiled"] = Measured("  b right, a wrong", estimates.mean(spoiled))
+        table["ranking/mended"] = Measured("  b wrong, a right", mean(mended))
+        table["ranking/spoiled"] = Measured("  b right, a wrong", mean(spoiled))
     return table
 
 
@@ -540,16 +599,14 @@ def text_metrics(
         ("bleu", "BLEU", metrics.bleu, {"tokenize": tokenize}),
         ("rouge_l", "ROUGE-L", metrics.rouge_l, {}),
     ):
-        found = []
-        for texts in (ours, theirs):
-            if texts is None:
-                found.append(None)
-                continue
-            score, rows, signature = of(texts, own, **more)
-            again = lambda at, rows=rows, key=key: metrics.resampled(key, rows, at)  # noqa: E731
-            estimate = estimates.statistic(again, len(texts))
-            found.append(Estimate(score, estimate.low, estimate.high, len(texts)))
-        table[f"{mode}/{key}"] = Measured(f"{label} ({signature})", *found, None, 2)
+        scored = [of(texts, own, **more) for texts in (ours, theirs) if texts is not None]
+        of_rows = [partial(metrics.resampled, key, np.asarray(rows)) for _, rows, _ in scored]
+        found = [estimates.statistic(again, len(own)) for again in of_rows] + [None]
+        change = None
+        if len(scored) == 2:  # on the same questions, drawn together
+            apart = lambda at, of_rows=of_rows: of_rows[0](at) - of_rows[1](at)  # noqa: E731
+            change = estimates.statistic(apart, len(own))
+        table[f"{mode}/{key}"] = Measured(f"{label} ({scored[0][2]})", *found[:2], change, 2)
     return table
 
 
@@ -578,9 +635,19 @@ def mode_of(temperature: float) -> str:
 
 def main(args: Args) -> dict:
     run = begin(args)
-    tokenizer = common.load_tokenizer(args.model, 1)
+    record = measure(args, run)
+    if run.world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return record
+
+
+def measure(args: Args, run: common.Processes) -> dict:
+    steps = common.from_main(lambda: {"steps": checkpoints_of(args)})["steps"]
+    tokenizer = common.load_tokenizer(args.model, args.max_length or 1)
     room = getattr(_config_of(args.model), "max_position_embeddings", None) or 2**31
     args.max_length = args.max_length or min(2048, room)
+    args.max_prompt_length = args.max_prompt_length or max(1, min(1024, room - args.max_new_tokens))
     args.max_prompt_length = min(args.max_prompt_length, args.max_length - 1)
     if args.max_prompt_length + args.max_new_tokens > room:
         raise common.UserError(
@@ -598,12 +665,12 @@ def main(args: Args) -> dict:
     policy = load(args.model, args, run, "a")
     base = load(args.baseline, args, run, "b") if has_base else None
     measures = args.split == "held-out"
-    named, rewards = {"reward": args.reward, "select": args.select_by}, {}
-    for name, value in named.items():
-        if value and (measures or args.best_of > 1):
-            rewards[name] = scoring.load_reward(
-                value, tokenizer, run, args.dtype, args.attn, name=name
-            )
+    chooser = (args.select_by or args.reward) if args.best_of > 1 else None
+    rewards = {
+        name: scoring.load_reward(name, tokenizer, run, args.dtype, args.attn)
+        for name in dict.fromkeys((args.reward if measures else None, chooser))
+        if name
+    }
 
     table: dict[str, Measured] = {}
     facts: dict[str, Any] = {}
@@ -615,19 +682,18 @@ def main(args: Args) -> dict:
         made = answers_of(policy, args.model, prompts, *how, args.seed, args.best_of)
         if args.best_of > 1:
             repeated = [prompt for prompt in prompts for _ in range(args.best_of)]
-            chooser = rewards.get("select", rewards.get("reward"))
-            scores = chooser(repeated, made).view(-1, args.best_of).numpy()
+            scores = rewards[chooser](repeated, made).view(-1, args.best_of).numpy()
             best = scores.argmax(1) + args.best_of * np.arange(len(prompts))
             made = [made[i] for i in best]
         if args.export and at == 0:
             common.from_main(lambda made=made: export(args, prompts, made, tokenizer))
         if not measures:
-            break
+            return {}
         if base is not None:
             others = answers_of(base, args.baseline, prompts, *how, args.seed + 1)
         else:
             others = questions.own if args.baseline == "chosen" else None
-        scored = rewards.get("reward")
+        scored = rewards.get(args.reward)
         scores_of = lambda y, scored=scored: None if scored is None else scored(prompts, y).numpy()  # noqa: E731
         ours = Side(made, scores_of(made))
         theirs = None if others is None else Side(others, scores_of(others))
@@ -677,14 +743,13 @@ def main(args: Args) -> dict:
         asked = (pairs.rows, run, args.batch_size)
         logps = logps_of(policy, *asked, "pairs")
         base_logps = None if base is None else logps_of(base, *asked, "pairs, baseline")
-        table |= rankings(logps, lengths, base_logps)
-    curve = checkpoints(args, policy, base, prompts, tokenizer, rewards.get("reward"), run)
-
-    record = report(args, run, table, facts, lengthwise, curve, len(prompts), pairs)
-    if run.world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    return record
+        asks = {row.ask.tobytes(): i for i, row in enumerate(pairs.rows)}
+        of = np.array([asks[row.ask.tobytes()] for row in pairs.rows])
+        table |= rankings(logps, lengths, base_logps, of)
+    curve = checkpoints(
+        args, steps, policy, base, prompts, tokenizer, rewards.get(args.reward), run
+    )
+    return report(args, run, table, facts, lengthwise, curve, len(prompts), pairs)
 
 
 def _config_of(model: str) -> Any:
@@ -696,16 +761,17 @@ def _config_of(model: str) -> Any:
     return common._from_hub(lambda: AutoConfig.from_pretrained(path), model)
 
 
+def judge_of(args: Args) -> Any:
+    cache = Path(args.cache_dir or Path("runs") / ".cache") / "verdicts.jsonl"
+    how = (args.judge, args.judge_model, args.judge_template, cache)
+    return common.needed("judging", "--judge").Judge(*how, workers=args.judge_workers)
+
+
 def ask_judge(args, prompts, made, others, tokenizer) -> dict:
     """On the main process: outcomes (1, 0.5, 0, or None for a verdict that could not be read)."""
-    judging = common.needed("judging", "--judge")
-    cache = Path(args.cache_dir or Path("runs") / ".cache") / "verdicts.jsonl"
-    judge = judging.Judge(
-        args.judge, args.judge_model, args.judge_template, cache, workers=args.judge_workers
-    )
     texts = [[generation.text_of(y, tokenizer).strip() for y in side] for side in (made, others)]
     asked = [text_of_prompt(prompt, tokenizer) for prompt in prompts]
-    verdicts = judge.compare(asked, *texts)
+    verdicts = judge_of(args).compare(asked, *texts)
     return {"outcomes": verdicts.outcomes, "facts": verdicts.facts}
 
 
@@ -713,14 +779,15 @@ def export(
     args: Args, prompts: list[np.ndarray], answers: list[np.ndarray], tokenizer: Any
 ) -> dict:
     """prompt/completion rows. An answer that was cut would be taught as one that ends there, so it
-    is left out; and so is an empty one, which no script takes.
+    is left out; and so is an empty one, which no script takes. An end that is not the usual one (a
+    chat template's) stays in the text: what has learned from it ends in the same way.
     """
     lines, cut, empty = [], 0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        text = generation.text_of(answer, tokenizer)
+        text = tokenizer.decode([int(i) for i in answer if int(i) != tokenizer.eos_token_id])
         if not len(answer) or int(answer[-1]) not in tokenizer.stop_ids:
             cut += 1
-        elif not text.strip():
+        elif not generation.text_of(answer, tokenizer).strip():
             empty += 1
         else:
             row = {"prompt": text_of_prompt(prompt, tokenizer), "completion": text}
@@ -732,25 +799,33 @@ def export(
     return {}
 
 
-def checkpoints(args, policy, base, prompts, tokenizer, reward, run) -> list[dict]:
-    """Reward, KL and length along the run, at temperature 1, on some of the questions. The weights
-    of the policy are overwritten.
-    """
+def checkpoints_of(args: Args) -> list[int]:
+    """Steps. Looked at before anything else is: nobody wants to hear of damage after an hour."""
     folder = common.model_folder(args.model)
     if not args.checkpoints:
         return []
-    found = {int(p.name[11:]): p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()}
-    if not found:
+    numbers = [path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")]
+    steps = sorted(int(number) for number in numbers if number.isdigit())
+    if not steps:
         raise common.UserError(f"--checkpoints: there is no checkpoint-* in {folder}")
-    prompts, curve, tensors = prompts[:CURVE_QUESTIONS], [], common._state_tensors(policy)
-    for step, path in sorted(found.items()):
+    for path in (folder / f"checkpoint-{step}" for step in steps):
         if damage := common.damage_of(path):
             raise common.UserError(f"--checkpoints: {path} is damaged ({damage})")
         with safe_open(path / "policy.safetensors", "pt") as saved:
-            names = set(saved.keys())
-            prefix = "" if set(tensors) <= names else "policy."  # ppo.py's holds two models
-            if not {prefix + name for name in tensors} <= names:
+            if any(".lora_" in name for name in saved.keys()):
                 raise common.UserError(f"--checkpoints: {path} holds adapters, not the weights")
+    return steps
+
+
+def checkpoints(args, steps, policy, base, prompts, tokenizer, reward, run) -> list[dict]:
+    """Reward, KL and length along the run, at temperature 1, on some of the questions. The weights
+    of the policy are overwritten.
+    """
+    prompts, curve, tensors = prompts[:CURVE_QUESTIONS], [], common._state_tensors(policy)
+    for step in steps:
+        file = common.model_folder(args.model) / f"checkpoint-{step}" / "policy.safetensors"
+        with safe_open(file, "pt") as saved:
+            prefix = "" if set(tensors) <= set(saved.keys()) else "policy."  # ppo.py's has two
             for name, tensor in tensors.items():
                 common.put(tensor, saved, prefix + name)
         made = generation.generate(
@@ -814,7 +889,7 @@ def report(args, run, table, facts, lengthwise, curve, n, pairs) -> dict:
         "difference": measured["difference"], "by_length": lengthwise, "curve": curve,
         "facts": facts,
     }  # fmt: skip
-    if not common.MAIN_PROCESS or args.split == "train":
+    if not common.MAIN_PROCESS:
         return record
     about = f"a: {args.model}; b: {args.baseline}; {n:,} questions of {args.dataset}"
     about += f", reward: {args.reward}" if args.reward else ""
@@ -845,7 +920,8 @@ def report(args, run, table, facts, lengthwise, curve, n, pairs) -> dict:
     if args.json:
         common.write_atomically(Path(args.json).expanduser(), json.dumps(record, indent=1) + "\n")
     if args.markdown:
-        rows = ["| " + " | ".join(cell.strip() for cell in row) + " |" for row in (heads, *lines)]
+        cells = lambda row: (cell.strip().replace("|", "\\|") for cell in row)  # noqa: E731
+        rows = ["| " + " | ".join(cells(row)) + " |" for row in (heads, *lines)]
         rows.insert(1, "|---" * 4 + "|")
         common.write_atomically(
             Path(args.markdown).expanduser(), f"{about}\n\n" + "\n".join(rows) + "\n"
@@ -863,8 +939,6 @@ def plot(file: Path, lengthwise: dict[str, list[dict]]) -> None:
     from matplotlib import pyplot as plt
 
     modes = [mode for mode in lengthwise if not mode.endswith(", baseline")]
-    if not modes:
-        raise common.UserError("--plot shows length against reward, so it needs a --reward")
     figure, axes = plt.subplots(1, len(modes), figsize=(4.6 * len(modes), 3.4), squeeze=False)
     for axis, mode in zip(axes[0], modes, strict=True):
         for name, key, style in (
