@@ -78,7 +78,7 @@ METHODS = {
 }
 LEARNED_REWARD = "tiny-preferred@tiny"
 BEST_OF = 4
-CURVE_POINTS = 6  # checkpoints that are kept and measured, on the embedded task
+CURVE_POINTS = 6  # checkpoints that are kept on the embedded task, and measured for the first seed
 QUICK = 3  # times fewer steps
 REPORT_EVERY = 600  # seconds, while runs are going on
 
@@ -199,13 +199,14 @@ def _cell(args, method, seed, strength, embedded, learned, measured) -> Cell:
     if embedded:
         command += ["--save-every", str(max(1, steps // CURVE_POINTS)), "--keep-last", "100"]
     folder = f"runs/{args.name}/{name}"
+    along = embedded and strength is None and seed == args.seeds[0]  # takes as long as all the rest
     # A cache of its own, so that its seconds have everything in them.
     command += ["--output-dir", folder, "--cache-dir", f"{folder}.cache"]
     usual = settings_of(method, args.model).get(about.knob) if about.knob else None
     return Cell(
         name, method, seed, about.knob, usual if strength is None else strength, strength is None,
         _launched(script, args.nproc) + command,
-        measured(name, folder, *(["--checkpoints"] if embedded else [])),
+        measured(name, folder, *(["--checkpoints"] if along else [])),
     )  # fmt: skip
 
 
