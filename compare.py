@@ -436,7 +436,7 @@ class Study:
             lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             steps = [x for x in map(json.loads, lines) if "lr" in x]
             row |= {
-                "commit": ran["commit"],  # of what was trained
+                "commit": commit_of(ran["source"]) or ran["commit"],
                 "source": ran["source"],
                 "steps": len(steps),
                 "seconds": round(seconds_of(self.runs / f"{cell.name}.attempts.json", folder), 1),
@@ -479,6 +479,20 @@ def seconds_of(attempts: Path, folder: Path) -> float:
     for attempt in json.loads(attempts.read_text(encoding="utf-8")):
         total += max(0.0, min(attempt.get("ended", saved), saved) - attempt["began"])
     return total
+
+
+def commit_of(source: dict[str, str]) -> str | None:
+    """The last commit that changed a file which that run used, if these are still its files."""
+    files = [common.HERE / name for name in source]
+    files = [file if file.is_file() else common.HERE / "kernels" / file.name for file in files]
+    if any(not file.is_file() or common.file_hash(file) != source[file.name] for file in files):
+        return None
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(common.HERE), *words, "--", *map(str, files)]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    return None if git("status", "--porcelain") else git("log", "-1", "--format=%h") or None
 
 
 def about(args: Args, cells: list[Cell], rows: list[dict]) -> dict:

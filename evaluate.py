@@ -90,6 +90,7 @@ class Args:
     judge_model: str | None = None  # the judge's name there
     judge_template: str = "dialogue"  # tldr, dialogue, translation, or a file with {prompt}, {answer_a} and {answer_b}
     judge_workers: int = 8  # calls under way at once
+    judge_max_tokens: int = 1024  # of its reply; one that thinks aloud needs more (`cut` counts replies without a verdict)
     checkpoints: bool = False  # also reward, KL and length at each checkpoint of the model's folder, on 256 questions
     # Where it goes
     json: str | None = None  # file for all numbers
@@ -123,7 +124,7 @@ def begin(args: Args) -> common.Processes:
     if args.baseline not in ("none", "chosen", "tiny-untrained"):
         common.resolve_model(args.baseline, "--baseline")
     least = {"prompts": 1, "max_new_tokens": 1, "best_of": 1, "batch_size": 1, "judge_workers": 1}
-    least |= {"top_k": 0, "seed": 0, "max_length": 2, "max_prompt_length": 1}
+    least |= {"judge_max_tokens": 1, "top_k": 0, "seed": 0, "max_length": 2, "max_prompt_length": 1}
     for name, low in least.items():
         if (value := getattr(args, name)) is not None and value < low:
             raise common.UserError(f"{common.flag(name)} must be {low} or more")
@@ -764,7 +765,9 @@ def _config_of(model: str) -> Any:
 def judge_of(args: Args) -> Any:
     cache = Path(args.cache_dir or Path("runs") / ".cache") / "verdicts.jsonl"
     how = (args.judge, args.judge_model, args.judge_template, cache)
-    return common.needed("judging", "--judge").Judge(*how, workers=args.judge_workers)
+    return common.needed("judging", "--judge").Judge(
+        *how, workers=args.judge_workers, max_tokens=args.judge_max_tokens
+    )
 
 
 def ask_judge(args, prompts, made, others, tokenizer) -> dict:

@@ -247,6 +247,31 @@ def test_an_attempt_that_was_killed_counts_until_what_it_had_saved(fake):
     assert attempts[0] == {"began": 480, "ended": 500} and len(attempts) == 2
 
 
+def test_the_commit_is_that_of_the_files_that_ran(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    git("init", "-q")
+    for name in ("dpo.py", "kernels/token_logps.py"):
+        (tmp_path / name).write_text(name)
+    git("add", ".")
+    git("commit", "-qm", "one")
+    first = git("log", "-1", "--format=%h")
+    (tmp_path / "README.md").write_text("what has nothing to do with it")
+    git("add", ".")
+    git("commit", "-qm", "two")
+    files = (tmp_path / "dpo.py", tmp_path / "kernels" / "token_logps.py")
+    source = {file.name: common.file_hash(file) for file in files}
+    assert first and compare.commit_of(source) == first
+    assert compare.commit_of(source | {"dpo.py": "another"}) is None  # changed since it ran
+    (tmp_path / "dpo.py").write_text("not committed")
+    source["dpo.py"] = common.file_hash(tmp_path / "dpo.py")
+    assert compare.commit_of(source) is None
+
+
 def test_each_run_has_gpus_of_its_own(fake, monkeypatch):
     monkeypatch.setattr(compare, "_gpus", lambda: ["0", "1", "2", "3"])
     monkeypatch.setattr(compare, "_hardware", lambda gpus: "four")
