@@ -10,7 +10,7 @@ A study is a list of runs: each method at its default strength with each seed, a
 then evaluate.py, both printed by --dry-run; what comes of it is a small row, results/<name>/rows/<run>.json.
 A run that has its row is not repeated, one that was killed goes on from its checkpoint, and the same
 command makes the rest, today or next week. results/<name>/README.md and its pictures are made from the
-rows alone (study.py).
+rows alone (study.py); what rows cannot know, results/<name>/note.md if there is one, stands above them.
 
 Budgets on the embedded task are the files' own settings for `tiny`: 300 steps of 16 rows; for PPO 30 steps
 of 128 prompts, for RSO 16 samples to each of 2,000 prompts and then 300 steps of 16 pairs. What PPO and RSO
@@ -528,6 +528,8 @@ def about(args: Args, cells: list[Cell], rows: list[dict]) -> dict:
     }
     if missing:
         told["still to come"] = ", ".join(sorted(missing))
+    note = Path("results") / args.name / "note.md"  # what the rows cannot know
+    told |= {"text": note.read_text(encoding="utf-8")} if note.is_file() else {}
     return {"title": f"Methods compared: {args.name}"} | told
 
 

@@ -283,6 +283,7 @@ def test_each_run_has_gpus_of_its_own(fake, monkeypatch):
     assert {gpus for _, gpus in seen} == {"0,1", "2,3"}
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_runs_and_the_same_command_goes_on(fake):
     """In a process of its own, with real signals."""
     script = fake / "start.py"

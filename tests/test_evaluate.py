@@ -195,7 +195,7 @@ def _scores_of(made: Path, name: str):
     return lambda answer: space[name]([""], [answer])[0]
 
 
-@pytest.mark.parametrize("temperature", (1.0, 0.7))
+@pytest.mark.parametrize("temperature", (1.0, pytest.param(0.7, marks=pytest.mark.slow)))
 def test_kl_is_that_of_all_sequences(temperature, made, _as_in_a_fresh_process):  # noqa: F811
     """Answers of at most two tokens: all 320 * 320 of them can be looked at."""
     run, args = common.Processes(), args_of(made, max_new_tokens=2)
@@ -637,7 +637,9 @@ def test_the_embedded_task(_as_in_a_fresh_process):  # noqa: F811
 # -- checkpoints
 
 
-@pytest.mark.parametrize("method", (dpo, ppo), ids=("dpo", "ppo"))
+@pytest.mark.parametrize(
+    "method", (pytest.param(dpo, id="dpo"), pytest.param(ppo, id="ppo", marks=pytest.mark.slow))
+)
 def test_along_a_run(method, ev, made, plain, monkeypatch):  # noqa: F811
     """The last checkpoint is the exported model."""
     flags = {"max_steps": 4, "keep_last": 9, "eval_dataset": str(made / "pairs.jsonl"), "lr": 0.01}
