@@ -426,7 +426,8 @@ class Study:
             "name": cell.name, "method": cell.method, "seed": cell.seed, "knob": cell.knob,
             "strength": cell.strength, "default": cell.default,
             "command": shown(cell.train), "measured_by": shown(cell.measure),
-            "commit": record["facts"]["commit"], "date": date.today().isoformat(),
+            "commit": commit_of(measuring()) or record["facts"]["commit"],
+            "date": date.today().isoformat(),
             "hardware": _hardware(self.gpus), "jobs": self.jobs, "threads": self.threads,
             "versions": record["facts"]["versions"],
         }  # fmt: skip
@@ -479,6 +480,13 @@ def seconds_of(attempts: Path, folder: Path) -> float:
     for attempt in json.loads(attempts.read_text(encoding="utf-8")):
         total += max(0.0, min(attempt.get("ended", saved), saved) - attempt["began"])
     return total
+
+
+def measuring() -> dict[str, str]:
+    """The files that measure, as a run's record lists those that train."""
+    names = ("evaluate.py", "estimates.py", "common.py", "generation.py", "scoring.py", "family.py")
+    files = [common.HERE / name for name in names]
+    return {file.name: common.file_hash(file) for file in files if file.is_file()}
 
 
 def commit_of(source: dict[str, str]) -> str | None:
