@@ -709,7 +709,7 @@ class Judge:
 
     asked = []
 
-    def __init__(self, url, model, template, cache, workers=8):
+    def __init__(self, url, model, template, cache, workers, max_tokens):
         self.about = {"judge": url, "model": model, "template": template, "cache": str(cache)}
 
     def compare(self, prompts, first, second):
