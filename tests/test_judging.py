@@ -612,7 +612,8 @@ def test_calls_run_beside_each_other_and_their_lines_stay_whole(server, judge, t
 
 # Without torch, whose import takes seconds: of common.py, judging.py needs two names.
 SCRIPT = """
-import sys, types
+import signal, sys, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
 from pathlib import Path
 common = sys.modules["common"] = types.ModuleType("common")
 common.UserError, common.progress_bar = RuntimeError, lambda over, *_, **__: over
