@@ -9,8 +9,8 @@ Copyright (c) 2026 the plainpref authors. MIT licence.
 
 from __future__ import annotations
 
+import math
 import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -208,14 +208,23 @@ def length_figure(rows: list[dict]) -> Figure | None:
 
 
 def reward_by_length(runs: list[dict]) -> list[tuple[float, float]]:
-    count: Counter[float] = Counter()
-    total: Counter[float] = Counter()
+    """Runs cut their lengths into bins of their own: bins of nearly the same length are one."""
+    points = []
     for point in [point for run in runs for point in run.get("by_length") or []]:
         length, n, reward = (number(point, key) for key in ("length", "n", "reward"))
-        if None not in (length, n, reward):
-            count[length] += n
-            total[length] += n * reward
-    return [(x, total[x] / count[x]) for x in sorted(count) if count[x] >= FEW]
+        if None not in (length, n, reward) and n > 0:
+            points.append((length, n, reward))
+    bins: list[list[tuple[float, float, float]]] = []
+    for point in sorted(points):
+        near = bins and point[0] - bins[-1][0][0] < max(0.75, 0.05 * point[0])
+        bins[-1].append(point) if near else bins.append([point])
+    found = []
+    for bin in bins:
+        count = math.fsum(n for _, n, _ in bin)
+        if count >= FEW:
+            total = [math.fsum(n * x for x, n, _ in bin), math.fsum(n * y for _, n, y in bin)]
+            found.append((total[0] / count, total[1] / count))
+    return found
 
 
 # -- along the run

@@ -343,6 +343,8 @@ def cost(rows: list[dict]) -> list[str]:
     for key, what, unit in (("seconds", "Time", "seconds"), ("peak_memory_gib", "Memory", "GiB")):
         if not (found := trained(rows, key)):
             continue
+        if key == "seconds" and any((row.get("jobs") or 1) > 1 for row in rows):
+            continue  # neighbours move them: which runs stood beside which is chance
         least, most = at_end(found, min), at_end(found)
         if least != most:
             runs = [run for method in found for run in by_method(rows)[method]]

@@ -58,7 +58,7 @@ def make_row(method: str, seed: int | None = 0, **changes) -> dict:
         "hardware": "x86_64, 2 cores",
         "versions": {"torch": "2.13.0+cpu"},
         "threads": 1,
-        "jobs": 2,
+        "jobs": 1,
         "steps": 300,
         "seconds": 70.0,
         "peak_memory_gib": 0.8,
@@ -555,8 +555,10 @@ def test_cost_names_all_who_share_it():
         "Time of a run, in seconds: least dpo 70 and kto 70, 1 seed each; most ppo 160 (1 seed)."
     )
     assert unsaid(rows, "Memory of a run")  # all the same
-    rows[0]["jobs"] = 1
+    rows[0]["threads"] = 2
     assert said(rows, "Time of a run").endswith("the same machine, threads and neighbours.")
+    rows[0]["jobs"] = 2  # some run had a neighbour, which takes of its time
+    assert unsaid(rows, "Time of a run")
 
 
 GONE = {
@@ -719,6 +721,7 @@ def test_reward_by_length_weighs_answers_and_leaves_few_out():
     rows = [make_row("dpo", 0), make_row("dpo", 1)]
     rows[0]["by_length"] = [
         {"length": 2, "n": 30, "reward": 0.3},
+        {"length": 3.2, "n": 10, "reward": 0.4},  # its bin and that of 3 are cut otherwise
         {"length": 4, "n": 29, "reward": 1},
     ]
     rows[1]["by_length"] = [
@@ -726,7 +729,7 @@ def test_reward_by_length_weighs_answers_and_leaves_few_out():
         {"length": 3, "n": 30, "reward": 0},
     ]
     line = by_name(FIGURES["length"](rows))["dpo"][1]
-    assert np.allclose(line.get_xydata(), [[2, 0.4], [3, 0.0]])
+    assert np.allclose(line.get_xydata(), [[2, 0.4], [3.05, 0.1]])
 
 
 def test_pictures_that_lack_their_numbers_are_not_made():
