@@ -530,6 +530,7 @@ def about(args: Args, cells: list[Cell], rows: list[dict]) -> dict:
     told = {
         "command": " ".join(words),
         "start": args.model,
+        "reward": args.reward or ("none" if args.dataset else "family, the true one"),
         "budget": budget,
         "wall-clock": f"{hours['training']:.1f} hours of training and {hours['measuring']:.1f} of "
         "measuring, all runs added up (several run at once)",

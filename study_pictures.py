@@ -103,7 +103,7 @@ def steps_of(runs: list[dict]) -> float:
 # -- reward against KL
 
 FRONTIER_CAPTION = (
-    "True reward of sampled answers against the KL from the start. Where a method was run at "
+    "Reward of sampled answers against the KL from the start. Where a method was run at "
     "several strengths its line joins those of one seed; otherwise it is the way that its runs "
     "went, mean over seeds, on fewer questions than the points, to their mean at the end. Small "
     "points: each seed at the default strength. Dotted across: without training. Pale: dpo again."
@@ -160,7 +160,7 @@ def frontier_figure(rows: list[dict]) -> Figure | None:
         for bar, reward in bars.items():
             axis.axhline(reward, color=GREY, linestyle=(0, (1, 3)), linewidth=1, label=bar)
         places.append(names)
-    axes[0, 0].set_ylabel("true reward, sampled")
+    axes[0, 0].set_ylabel("reward, sampled")
     axes[0, 0].set_xlim(left=0)
     right = axes[0, 0].get_xlim()[1]
     ticks = [x for x in (0, 0.1, 0.5, 1, 2, 3, 5, 8, 12, 20, 30, 50, 100) if x <= right]
@@ -175,7 +175,7 @@ def frontier_figure(rows: list[dict]) -> Figure | None:
 # -- length
 
 LENGTH_CAPTION = (
-    "Length and true reward of sampled answers. Left: a point a run at the default strength. "
+    "Length and reward of sampled answers. Left: a point a run at the default strength. "
     f"Right: answers of one length, all seeds together; lengths with fewer than {FEW} answers are "
     "left out."
 )
@@ -188,13 +188,13 @@ def length_figure(rows: list[dict]) -> Figure | None:
     if not points:
         return None
     figure, axes = new_figure(1, 1 + bool(lines), 4.8)
-    axes[0, 0].set(xlabel="tokens an answer, mean of a run", ylabel="true reward, mean of a run")
+    axes[0, 0].set(xlabel="tokens an answer, mean of a run", ylabel="reward, mean of a run")
     for method, found in points.items():
         style = look(method, rows) | {"linestyle": "none"}
         axes[0, 0].plot(*zip(*found, strict=True), **style, markersize=6, label=method)
     if lines:
         axis = axes[0, 1]
-        axis.set(xlabel="tokens of the answer", ylabel="mean true reward of such answers")
+        axis.set(xlabel="tokens of the answer", ylabel="mean reward of such answers")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         for method, found in lines.items():
             wide = 2.5 if method == "start" else 1.2
@@ -230,7 +230,7 @@ def reward_by_length(runs: list[dict]) -> list[tuple[float, float]]:
 # -- along the run
 
 CURVES_CAPTION = (
-    "True reward of sampled answers along the run, on fewer questions than in the table. Thick: "
+    "Reward of sampled answers along the run, on fewer questions than in the table. Thick: "
     "mean over seeds; thin: each seed; grey: dpo's mean."
 )
 
@@ -262,7 +262,7 @@ def curves_figure(rows: list[dict]) -> Figure | None:
         axis.xaxis.set_tick_params(labelbottom=True)  # below the last one of each column
     axes[0, 0].set_xlim(0, 1.05)
     figure.supxlabel("share of the run's steps", fontsize=10)
-    figure.supylabel("true reward, sampled", fontsize=10)
+    figure.supylabel("reward, sampled", fontsize=10)
     return figure
 
 
