@@ -333,9 +333,10 @@ def read_rows(args: Args, kind: str, tokenizer: Any) -> common.Rows:
     return rows
 
 
-READ_AS = dict.fromkeys(("dpo", "cpo", "simpo", "slic"), "pair")
-READ_AS |= {"sft": "demonstration", "kto": "labelled", "ppo": "prompt", "rso": "prompt"}
-READ_AS |= {"listwise_dpo": "ranked", "pro": "ranked"}
+READ_AS = {"sft": "demonstration", "kto": "labelled"}
+READ_AS |= dict.fromkeys(("dpo", "ipo", "cpo", "orpo", "simpo", "slic"), "pair")
+READ_AS |= dict.fromkeys(("listwise_dpo", "pro", "rrhf"), "ranked")
+READ_AS |= dict.fromkeys(("raft", "rso", "ppo", "rloo", "grpo"), "prompt")
 
 
 def load(model: str, args: Args, run: common.Processes, name: str) -> nn.Module:

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # -n: a process a core, each with one thread
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("llama", "gemma2", "gpt2", "qwen2", "qwen3", "mistral", "gpt_neox")

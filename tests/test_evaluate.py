@@ -539,6 +539,17 @@ def test_what_a_run_tells_of_itself(ev, made, tmp_path):
         assert evaluate.of_run("./run") == {} and evaluate.trained_from("./run") == "none"
 
 
+def test_it_knows_what_each_method_reads():
+    """Else a run's own questions could be among those that it is asked."""
+    read = {
+        file.stem: found[1]
+        for file in ROOT.glob("*.py")
+        if (found := re.search(r'args\.eval_dataset, "(\w+)"', file.read_text()))
+    }
+    del read["reward_model"]  # it writes nothing
+    assert read == evaluate.READ_AS
+
+
 @pytest.mark.parametrize("script, kind", [("kto", "labelled"), ("sft", "demonstration"),
                                           ("dpo", "pair"), ("ppo", "prompt")])  # fmt: skip
 def test_nothing_that_was_learned_is_asked(script, kind, made, tmp_path, _as_in_a_fresh_process):  # noqa: F811

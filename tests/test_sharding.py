@@ -197,9 +197,15 @@ def test_same_weights_spread_over_two(heads, alone, pairs, tmp_path):  # noqa: F
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "again"])
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("name", TIED)
+@pytest.mark.parametrize(
+    "name, processes, again",
+    [
+        ("llama", 2, True),
+        ("llama-tied", 2, False),
+        ("gemma2", 4, True),
+        ("gemma2-untied", 2, False),
+    ],
+)
 def test_same_weights_spread(heads, alone, pairs, tmp_path, name, processes, again):  # noqa: F811
     flags = HOT | {"micro_batch_size": 2, "fsdp": True, "gradient_checkpointing": again}
     run("dpo", tmp_path / "spread", heads(name), pairs, processes, **flags)
@@ -223,16 +229,16 @@ def test_kto_spread(checkpoints, plain, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
-def test_sft_spread(checkpoints, pairs, tmp_path, optimizer):  # noqa: F811
+@pytest.mark.parametrize("optimizer, processes", [("adamw", 2), ("rmsprop", 4)])
+def test_sft_spread(checkpoints, pairs, tmp_path, optimizer, processes):  # noqa: F811
     flags = HOT | {"micro_batch_size": 2, "optimizer": optimizer, "max_grad_norm": 0.5}
     run("sft", tmp_path / "one", checkpoints("gpt2"), pairs, 1, **flags)
-    run("sft", tmp_path / "four", checkpoints("gpt2"), pairs, 4, fsdp=True, **flags)
-    assert_same_weights(tmp_path / "one", tmp_path / "four", checkpoints("gpt2"))
+    run("sft", tmp_path / "many", checkpoints("gpt2"), pairs, processes, fsdp=True, **flags)
+    assert_same_weights(tmp_path / "one", tmp_path / "many", checkpoints("gpt2"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture, lora", [("gemma2", 0), ("gemma2", 4), ("gpt2", 0)])
+@pytest.mark.parametrize("architecture, lora", [("gemma2", 4), ("gpt2", 0)])
 def test_low_precision_spread(checkpoints, pairs, tmp_path, architecture, lora):  # noqa: F811
     """bf16 rounds embeddings and norms too where weights are spread; the steps stay close, and the
     first loss is ln 2 to the last digit.
@@ -261,8 +267,7 @@ def test_soup_as_reference_spread(checkpoints, heads, pairs, tmp_path):  # noqa:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("architecture, processes", [("gemma2", 2)])
 def test_killed_spread_run_goes_on_to_the_same_end(
     checkpoints,
     pairs,  # noqa: F811
@@ -308,7 +313,7 @@ def test_signal_to_a_spread_run(checkpoints, pairs, tmp_path):  # noqa: F811
     process.communicate(timeout=300)
     (saved,) = checkpoints_in("out")
     assert common.damage_of(Path(f"out/checkpoint-{saved}")) is None
-    assert steps_of("out")[-1]["step"] == saved < 120
+    assert steps_of("out")[-1]["step"] == saved < 70
 
 
 @pytest.mark.slow
@@ -381,7 +386,7 @@ def test_sampling_uses_up_no_graph(checkpoints, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("architecture", ["gemma2"])
 def test_compiled_layers(checkpoints, pairs, plain, architecture):  # noqa: F811
     start = checkpoints(architecture)
     for on in (False, True):
@@ -401,7 +406,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("spread", [True])
 def test_two_machines_take_the_same_steps_as_one(
     heads,
     alone,

@@ -449,17 +449,17 @@ def test_padding_is_logged_and_small(checkpoints, pairs, plain):
 @pytest.mark.parametrize("script", METHODS)
 def test_same_weights_with_other_numbers_of_processes(checkpoints, pairs, tmp_path, script):
     start = checkpoints("llama")
-    for processes in (1, 2, 4):
+    numbers = (1, 2, 4) if script == "dpo" else (1, 2)
+    for processes in numbers:
         flags = SMALL | HOT | {"micro_batch_size": 2, "model": start, "dataset": pairs}
         flags |= {"output_dir": tmp_path / f"by-{processes}"}
         if script == "dpo":
             flags |= {"beta": 0.5, "cache_dir": tmp_path / "cache"}
         status, _, err = run_script(f"{script}.py", *as_flags(**flags), processes=processes)
         assert status == 0, err
-    assert_same_weights("by-1", "by-2", start)
-    assert_same_weights("by-1", "by-4", start)
     # What is measured is about all rows too, not about those of the main process.
-    for processes in (2, 4):
+    for processes in numbers[1:]:
+        assert_same_weights("by-1", f"by-{processes}", start)
         for one, other in zip(lines_of("by-1"), lines_of(f"by-{processes}"), strict=True):
             skip = {*TIMINGS, "grad_norm"}
             assert one.keys() == other.keys()
@@ -628,7 +628,7 @@ def kill_all(process) -> None:
     process.communicate()
 
 
-LONG = {"max_steps": 120, "save_every": 7, "eval_every": 5, "micro_batch_size": 2, "lr": 3e-4}
+LONG = {"max_steps": 70, "save_every": 7, "eval_every": 5, "micro_batch_size": 2, "lr": 3e-4}
 
 
 def long_run(start: Path, pairs: Path, folder: Path) -> list[str]:
@@ -637,7 +637,7 @@ def long_run(start: Path, pairs: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 4])
 def test_killed_run_goes_on_to_the_same_end(checkpoints, pairs, tmp_path, processes):
     start = checkpoints("llama")
     status, _, err = run_script(
@@ -645,7 +645,7 @@ def test_killed_run_goes_on_to_the_same_end(checkpoints, pairs, tmp_path, proces
     )
     assert status == 0, err
     flags = long_run(start, pairs, tmp_path / "killed")
-    for least in (7, 40) if processes == 1 else (21,):  # the first is killed twice
+    for least in (7, 35) if processes == 1 else (21,):  # the first is killed twice
         process = start_script("dpo.py", *flags, processes=processes)
         wait_for(process, lambda least=least: max(checkpoints_in("killed"), default=0) >= least)
         kill_all(process)
@@ -653,7 +653,7 @@ def test_killed_run_goes_on_to_the_same_end(checkpoints, pairs, tmp_path, proces
     status, out, err = run_script("dpo.py", *flags, processes=processes)
     assert status == 0, err
     assert "resume" in out
-    assert [step["step"] for step in steps_of("killed")] == list(range(1, 121))
+    assert [step["step"] for step in steps_of("killed")] == list(range(1, 71))
     assert_same_run("whole", "killed")
 
 
@@ -668,7 +668,7 @@ def test_signal_to_a_real_process(checkpoints, pairs, tmp_path, number):
     assert process.returncode == 128 + number
     assert "Traceback" not in err
     (saved,) = checkpoints_in("out")
-    assert steps_of("out")[-1]["step"] == saved < 120
+    assert steps_of("out")[-1]["step"] == saved < 70
     assert f"step {saved} is saved" in out
 
 
@@ -684,7 +684,7 @@ def test_signal_to_torchrun(checkpoints, pairs, tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode != 0
     (saved,) = checkpoints_in("out")
-    assert steps_of("out")[-1]["step"] == saved < 120
+    assert steps_of("out")[-1]["step"] == saved < 70
     assert f"step {saved} is saved" in out
     assert run_script("dpo.py", *flags, processes=2)[0] == 0
     assert_same_run("whole", "out")
