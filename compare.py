@@ -13,13 +13,14 @@ command makes the rest, today or next week. results/<name>/README.md and its pic
 rows alone (study.py); what rows cannot know, results/<name>/note.md if there is one, stands above them.
 
 Budgets on the embedded task are the files' own settings for `tiny`: 300 steps of 16 rows; for PPO 30 steps
-of 128 prompts, for RSO 16 samples to each of 2,000 prompts and then 300 steps of 16 pairs. What PPO and RSO
+of 128 prompts, for RLOO and GRPO 30 steps of 32 prompts with 4 samples each, for RAFT 20 stages of 64 prompts
+with 16 samples each, for RSO 16 samples to each of 2,000 prompts and then 300 steps of 16 pairs. What these five
 are rewarded by, tiny-preferred@tiny, was learned from the same noisy comparisons by listwise_dpo.py in 700
 steps, which is not counted in their seconds. `sft` is fine-tuned further on the chosen answers ("preferred-FT"),
 `best-of-4` keeps of four samples of the start the one which that reward likes most: no training at all.
 
 With another --model each method has its published settings for it (the run says which), --dataset serves
-all, and the strengths are a third and three times the published one. ppo.py and rso.py want --train-reward.
+all, and the strengths are a third and three times the published one. Methods that sample want --train-reward.
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
@@ -67,14 +68,20 @@ PREFERRED_FT = {
 METHODS = {
     "sft": Method(tiny=PREFERRED_FT),
     "dpo": Method("beta", (0.1, 1.0)),
+    "ipo": Method("beta", (0.08, 0.8)),
     "cpo": Method("beta", (0.03, 0.3)),
+    "orpo": Method("odds_weight", (3.0, 30.0)),
     "simpo": Method("beta", (0.7, 6.0)),
     "slic": Method("delta", (1.5, 15.0)),
     "kto": Method("beta", (0.1, 1.0)),
     "pro": Method("sft_weight", (0.0005, 0.01)),
     "listwise_dpo": Method("beta", (0.07, 0.6)),
+    "rrhf": Method("sft_weight", (0.03, 0.3)),
+    "raft": Method("samples", (4, 32), steps=20, samples=True),
     "rso": Method("gamma", (0.3, 3.0), quick={"prompts": 600}, samples=True),
     "ppo": Method("kl_coef", (0.03, 0.3), steps=30, samples=True),
+    "rloo": Method("kl_coef", (0.03, 0.3), steps=30, samples=True),
+    "grpo": Method("kl_coef", (0.013, 0.12), steps=30, samples=True),
 }
 LEARNED_REWARD = "tiny-preferred@tiny"
 BEST_OF = 4
@@ -94,7 +101,7 @@ class Args:
     dataset: str | None = None  # what all learn from, as the method files take it; default: the embedded task's judged samples
     eval_dataset: str | None = None  # held-out rows; default: as in the method files
     reward: str | None = None  # what answers are measured by, as in evaluate.py; default: the true one on the embedded task
-    train_reward: str | None = None  # what ppo.py and rso.py learn from; default: on the embedded task tiny-preferred@tiny, else they are left out
+    train_reward: str | None = None  # what methods that sample learn from (raft.py, rso.py, ppo.py, rloo.py, grpo.py); default: on the embedded task tiny-preferred@tiny, else they are left out
     max_steps: int | None = None  # of every method, instead of its settings
     prompts: int = 1024  # questions that are measured on
     name: str | None = None  # of results/<name> and runs/<name>; default: tiny, tiny-quick, or model and dataset
@@ -509,9 +516,10 @@ def about(args: Args, cells: list[Cell], rows: list[dict]) -> dict:
     if args.dataset is None:
         part = f"a {['', '', 'half', 'third'][QUICK]} of " if args.quick else ""
         budget = (
-            f"{part}300 steps of 16 rows; PPO {part}30 steps of 128 prompts; RSO "
+            f"{part}300 steps of 16 rows; PPO {part}30 steps of 128 prompts; RLOO and GRPO {part}30 steps of "
+            f"32 prompts, 4 samples each; RAFT {part}20 stages of 64 prompts, 16 samples each; RSO "
             f"{'600' if args.quick else '2,000'} prompts of 16 samples, then {part}300 steps of 16 pairs. The reward of "
-            "PPO, RSO and best-of-4 was learned from the same comparisons in 700 steps more"
+            "these five and of best-of-4 was learned from the same comparisons in 700 steps more"
         )
     if args.max_steps:
         budget = f"{args.max_steps} steps of each method's own batch"
