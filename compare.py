@@ -12,7 +12,7 @@ A run that has its row is not repeated, one that was killed goes on from its che
 command makes the rest, today or next week. results/<name>/README.md and its pictures are made from the
 rows alone (study.py); what rows cannot know, results/<name>/note.md if there is one, stands above them.
 
-Budgets on the embedded task are the files' own settings for `tiny`: 300 steps of 16 rows; for PPO 30 steps
+Budgets on the embedded task are the files' own settings for `tiny`: 300 steps of 16 rows (900 for ORPO); for PPO 30 steps
 of 128 prompts, for RLOO and GRPO 30 steps of 32 prompts with 4 samples each, for RAFT 20 stages of 64 prompts
 with 16 samples each, for RSO 16 samples to each of 2,000 prompts and then 300 steps of 16 pairs. What these five
 are rewarded by, tiny-preferred@tiny, was learned from the same noisy comparisons by listwise_dpo.py in 700
@@ -70,7 +70,7 @@ METHODS = {
     "dpo": Method("beta", (0.1, 1.0)),
     "ipo": Method("beta", (0.08, 0.8)),
     "cpo": Method("beta", (0.03, 0.3)),
-    "orpo": Method("odds_weight", (3.0, 30.0)),
+    "orpo": Method("odds_weight", (1.3, 12.0), steps=900),
     "simpo": Method("beta", (0.7, 6.0)),
     "slic": Method("delta", (1.5, 15.0)),
     "kto": Method("beta", (0.1, 1.0)),
@@ -516,7 +516,7 @@ def about(args: Args, cells: list[Cell], rows: list[dict]) -> dict:
     if args.dataset is None:
         part = f"a {['', '', 'half', 'third'][QUICK]} of " if args.quick else ""
         budget = (
-            f"{part}300 steps of 16 rows; PPO {part}30 steps of 128 prompts; RLOO and GRPO {part}30 steps of "
+            f"{part}300 steps of 16 rows (ORPO: {part}900); PPO {part}30 steps of 128 prompts; RLOO and GRPO {part}30 steps of "
             f"32 prompts, 4 samples each; RAFT {part}20 stages of 64 prompts, 16 samples each; RSO "
             f"{'600' if args.quick else '2,000'} prompts of 16 samples, then {part}300 steps of 16 pairs. The reward of "
             "these five and of best-of-4 was learned from the same comparisons in 700 steps more"
