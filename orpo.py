@@ -29,12 +29,14 @@ Options and departures
 4. rewards/... are log-odds; TRL plots lambda times log P, and our rewards/margins as log_odds_chosen.
 5. `tiny` has learned to answer already, and its pairs are its own samples: L_SFT has little to teach it (weight 0.2, 600 steps:
    sampled reward +0.03, greedy +0.09). L_OR asks for log-odds as far apart as the labels are sure, and there is no beta to ask
-   for more. Weight 4 and three times dpo.py's steps give +0.06 and +0.15; other weights and rates gave no more.
+   for more. Weight 4 and three times dpo.py's steps give +0.06 and +0.15 (2: +0.06 and +0.13); weight 10 in 300 steps up to
+   +0.04 and +0.16, not both in one run.
 
-Healthy: from a base model nll_loss falls as in sft.py. `tiny`, fine-tuned, pays for the odds with it (0.88 to 1.00), while
-odds_ratio_loss falls (0.69 to 0.59). rewards/accuracies begins at the share of pairs that the model ranks right already and
-rises (0.63 to 0.67), and so do the margins (0.67 to 0.86). The authors look at log P: chosen near 0 and rejected at -5 to
--10 is over-fitting: lower --odds-weight or --lr. They found 0.05 to 0.1 right for 7B models and 0.5 to 1 for small ones.
+Healthy: from a base model nll_loss falls, as in sft.py (`tiny-untrained`, weight 0.1, 150 steps: 6.2 to 2.7), and the odds
+come later. `tiny` pays for the odds with nll_loss (0.88 to 1.00): odds_ratio_loss falls (0.69 to 0.59), rewards/accuracies
+begins at the share of pairs that the model ranks right already and rises (0.63 to 0.67), so do the margins (0.67 to 0.86).
+The authors look at log P: chosen near 0 and rejected at -5 to -10 is over-fitting: lower --odds-weight or --lr. They found
+weights of 0.05 to 0.1 right for 7B models and of 0.5 to 1 for small ones.
 
     python orpo.py                                                          # the embedded task, on a laptop
     torchrun --nproc_per_node=4 orpo.py --model gemma-2-2b --dataset tldr   # the base model, with no sft.py before
