@@ -13,9 +13,9 @@ command makes the rest, today or next week. results/<name>/README.md and its pic
 rows alone (study.py); what rows cannot know, results/<name>/note.md if there is one, stands above them.
 
 Budgets on the embedded task are the files' own settings for `tiny`: 300 steps of 16 rows (900 for ORPO); for PPO 30 steps
-of 128 prompts, for RLOO and GRPO 30 steps of 32 prompts with 4 samples each, for RAFT 20 stages of 64 prompts
-with 16 samples each, for RSO 16 samples to each of 2,000 prompts and then 300 steps of 16 pairs. What these five
-are rewarded by, tiny-preferred@tiny, was learned from the same noisy comparisons by listwise_dpo.py in 700
+of 128 prompts, for RLOO of 32 with 4 samples each, for GRPO of 16 with 8, for RAFT 20 stages of 64 prompts with
+16 samples each, for RSO 16 samples to each of 2,000 prompts and then 300 steps of 16 pairs. What these five are
+rewarded by, tiny-preferred@tiny, was learned from the same noisy comparisons by listwise_dpo.py in 700
 steps, which is not counted in their seconds. `sft` is fine-tuned further on the chosen answers ("preferred-FT"),
 `best-of-4` keeps of four samples of the start the one which that reward likes most: no training at all.
 
@@ -81,7 +81,7 @@ METHODS = {
     "rso": Method("gamma", (0.3, 3.0), quick={"prompts": 600}, samples=True),
     "ppo": Method("kl_coef", (0.03, 0.3), steps=30, samples=True),
     "rloo": Method("kl_coef", (0.03, 0.3), steps=30, samples=True),
-    "grpo": Method("kl_coef", (0.013, 0.12), steps=30, samples=True),
+    "grpo": Method("kl_coef", (0.03, 0.3), steps=30, samples=True),
 }
 LEARNED_REWARD = "tiny-preferred@tiny"
 BEST_OF = 4
@@ -516,8 +516,9 @@ def about(args: Args, cells: list[Cell], rows: list[dict]) -> dict:
     if args.dataset is None:
         part = f"a {['', '', 'half', 'third'][QUICK]} of " if args.quick else ""
         budget = (
-            f"{part}300 steps of 16 rows (ORPO: {part}900); PPO {part}30 steps of 128 prompts; RLOO and GRPO {part}30 steps of "
-            f"32 prompts, 4 samples each; RAFT {part}20 stages of 64 prompts, 16 samples each; RSO "
+            f"{part}300 steps of 16 rows (ORPO: {part}900); PPO {part}30 steps of 128 prompts; RLOO {part}30 "
+            f"steps of 32 prompts, 4 samples each; GRPO {part}30 steps of 16 prompts, 8 samples each; RAFT {part}20 "
+            "stages of 64 prompts, 16 samples each; RSO "
             f"{'600' if args.quick else '2,000'} prompts of 16 samples, then {part}300 steps of 16 pairs. The reward of "
             "these five and of best-of-4 was learned from the same comparisons in 700 steps more"
         )

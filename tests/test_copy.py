@@ -80,7 +80,7 @@ def test_two_files_train_resume_and_export(kit):
     assert {p.name for p in kit.iterdir()} - {"__pycache__"} == made | given
 
 
-PAIRS = {"cpo": pair_rows, "simpo": pair_rows, "slic": pair_rows}
+PAIRS = dict.fromkeys(["cpo", "simpo", "slic", "ipo", "orpo"], pair_rows)
 ROWS = PAIRS | {"kto": labelled_rows, "pro": ranked_rows, "listwise_dpo": ranked_rows}
 
 

@@ -24,9 +24,12 @@ from conftest import ROOT, make_tokenizer, pair_rows, run_script, write_jsonl
 import common
 import cpo
 import dpo
+import ipo
 import kto
 import listwise_dpo
+import orpo
 import pro
+import rrhf
 import sft
 import simpo
 import slic
@@ -37,9 +40,12 @@ SCRIPTS = {
     "cpo": cpo,
     "simpo": simpo,
     "slic": slic,
+    "ipo": ipo,
+    "orpo": orpo,
     "kto": kto,
     "pro": pro,
     "listwise_dpo": listwise_dpo,
+    "rrhf": rrhf,
 }
 FLAGS = {
     "--model": "model", "--dataset": "rows.jsonl", "--output-dir": "out", "--batch-size": "4",
@@ -576,6 +582,13 @@ MISTAKES = {
                 [("--sft-weight", "-1"), ("--score-scale", "0")],
             ),
             ("listwise_dpo", "--beta must be positive", [("--beta", "0")]),
+            ("ipo", "--beta must be positive", [("--beta", "nan")]),
+            ("orpo", "--odds-weight must be 0 or more", [("--odds-weight", "-1")]),
+            (
+                "rrhf",
+                "--sft-weight and --margin must be 0 or more",
+                [("--sft-weight", "nan"), ("--margin", "-1")],
+            ),
         )
         for flag, value in flags
     },

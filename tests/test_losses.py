@@ -2,7 +2,8 @@
 
 What is expected is worked out here with `math` alone, so that nothing of torch stands on both
 sides. This file has DPO and SFT; beside it test_losses_pairs.py (CPO, SimPO, SLiC),
-test_losses_kto.py and test_losses_lists.py (PRO, listwise DPO) go on with its helpers.
+test_losses_ipo_orpo.py, test_losses_kto.py and test_losses_lists.py (PRO, listwise DPO) go on with
+its helpers.
 """
 
 import ast
@@ -308,17 +309,31 @@ def lists() -> list[Tensor]:
 EXAMPLES = {  # what each loss is called with below
     "cpo_loss": lambda: (*columns(2), 3.5, 0.3, 0.7),
     "dpo_loss": lambda: (*columns(4), 0.3, 0.1, 0.2),
+    "ipo_loss": lambda: (
+        *columns(4), torch.tensor([3, 1]), torch.tensor([4, 2]), 0.3,
+    ),
+    "grpo_loss": lambda: (
+        *(x[:, None] * torch.tensor([1.0, 0.5]) for x in columns(3)), torch.tensor([1.0, -1.0]),
+        torch.tensor([[True, True], [True, False]]), 0.1, 0.2, 0.28,
+    ),
     "kto_loss": lambda: (
         *columns(2), torch.tensor([True, False]), torch.tensor(0.4), 0.3, 1.5, 0.5,
     ),
     "listwise_dpo_loss": lambda: (lists()[0], lists()[0].flip(0), lists()[1], 0.3),
+    "orpo_loss": lambda: (*columns(2), torch.tensor([3, 1]), torch.tensor([4, 2]), 0.7),
     "ppo_loss": lambda: (
         *(x[:, None] * torch.tensor([1.0, 0.5]) for x in columns(6)),
         torch.tensor([[True, True], [True, False]]), 0.2, 0.3, 0.1,
     ),
     "pro_loss": lambda: (lists()[0], torch.tensor([[3, 1, 2], [2, 2, 0]]), lists()[1], 0.05),
     "reward_model_loss": lambda: (lists()[0], lists()[1], 0.2, 0.01),
+    "raft_loss": lambda: (torch.tensor([-9.0, -4.0]), torch.tensor([3, 1])),
+    "rrhf_loss": lambda: (lists()[0], torch.tensor([[3, 1, 2], [2, 2, 0]]), lists()[1], 0.05, 0.3),
     "rso_loss": lambda: (*columns(4), 0.05, "hinge-norm"),
+    "rloo_loss": lambda: (
+        *(x[:, None] * torch.tensor([1.0, 0.5]) for x in columns(2)), torch.tensor([1.0, -1.0]),
+        torch.tensor([[True, True], [True, False]]), 0.2,
+    ),
     "sft_loss": lambda: (torch.tensor([-9.0, -4.0]), torch.tensor([3, 1])),
     "simpo_loss": lambda: (
         *columns(2), torch.tensor([3, 1]), torch.tensor([4, 2]), 2.0, 0.3, 0.5, 0.7,

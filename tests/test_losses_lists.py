@@ -1,4 +1,4 @@
-"""PRO and listwise DPO, losses on ranked lists: value and gradient against the equations."""
+"""PRO, RRHF and listwise DPO, losses on ranked lists: value and gradient against the equations."""
 
 import itertools
 import math
@@ -10,6 +10,7 @@ from test_losses import F64, called, dpo, log_sigmoid, slopes
 
 from listwise_dpo import listwise_dpo_loss
 from pro import pro_loss
+from rrhf import rrhf_loss
 
 NAN = math.nan
 
@@ -52,6 +53,20 @@ def pro_equation(logps, lengths, scores, sft_weight, temperatures=True):
     return loss - sft_weight * (n - 1) ** 2 * logps[0], gradient
 
 
+def rrhf_equation(logps, lengths, scores, sft_weight, margin=0.0):
+    """For one list, in plain floats: (loss, its gradient by the log-probs)."""
+    n = len(logps)
+    p = [logp / length for logp, length in zip(logps, lengths, strict=True)]
+    gradient = [-sft_weight] + [0.0] * (n - 1)
+    costs = [-sft_weight * logps[0]]
+    for i, j in itertools.permutations(range(n), 2):
+        if scores[i] < scores[j] and p[i] - p[j] + margin > 0:
+            costs.append(p[i] - p[j] + margin)
+            gradient[i] += 1 / lengths[i]
+            gradient[j] -= 1 / lengths[j]
+    return math.fsum(costs), gradient
+
+
 def listwise_equation(logps, ref_logps, scores, beta):
     """For one list: (loss, its gradient by the log-probs of the policy)."""
     n = len(logps)
@@ -70,6 +85,13 @@ def pro(logps, lengths, scores, *knobs, dtype=torch.float64):
     """(losses, gradients by list, metrics)."""
     given = torch.tensor(lengths), torch.tensor(scores, dtype=torch.float64)
     losses, (gradients,), metrics = called(pro_loss, [logps], *given, *knobs, dtype=dtype)
+    return losses, gradients, metrics
+
+
+def rrhf(logps, lengths, scores, *knobs, dtype=torch.float64):
+    """(losses, gradients by list, metrics)."""
+    given = torch.tensor(lengths), torch.tensor(scores, dtype=torch.float64)
+    losses, (gradients,), metrics = called(rrhf_loss, [logps], *given, *knobs, dtype=dtype)
     return losses, gradients, metrics
 
 
@@ -352,6 +374,79 @@ def test_pro_metrics():
     assert asked == [first, [[0.0, 1.0, 0.0, 0.0], none, none, none]]
     first = [[0.0, 1.0, 0.0, 1.0], *first[1:]]
     assert right == [first, [none] * 4]
+
+
+# -- RRHF
+
+
+def test_rrhf_by_hand():
+    """Means a token of -2, -1, -3 and -1, of which the first answer should have the highest."""
+    row = [[-4.0, -3.0, -3.0, -2.0]], [[2, 3, 1, 2]], [[3.0, 2.0, 2.0, 1.0]]
+    # Wrong: 2 and 4 above 1, by 1 each, and 4 above 3, by 2. 2 and 3 tie, 2 and 4 are level.
+    (loss,), (gradient,), metrics = rrhf(*row, 0.0)
+    assert loss == 4.0 and metrics["rank_loss"] == [4.0]
+    assert gradient == pytest.approx([-2 / 2, 1 / 3, -1.0, 2 / 2], rel=F64)
+    # SFT: a sum over the best answer's tokens.
+    (loss,), (gradient,), metrics = rrhf(*row, 0.25)
+    assert loss == 5.0 and metrics["rank_loss"] == [4.0]
+    assert gradient == pytest.approx([-2 / 2 - 0.25, 1 / 3, -1.0, 2 / 2], rel=F64)
+    # By half a nat each pair shall lead: 2 and 4 are no longer far enough apart, 1 and 3 are.
+    (loss,), (gradient,), _ = rrhf(*row, 0.0, 0.5)
+    assert loss == 4.0 + 3 * 0.5 + 0.5
+    assert gradient == pytest.approx([-2 / 2, 1 / 3 - 1 / 3, -1.0, 2 / 2 + 1 / 2], rel=F64)
+
+
+@pytest.mark.parametrize("ties", (False, True))
+@pytest.mark.parametrize("n", range(1, 8))
+@pytest.mark.parametrize("knobs", ((0.0,), (1.0,), (0.1, 0.7)))
+def test_rrhf_is_the_equation(knobs, n, ties):
+    rows = random_lists(20, n, ties)
+    losses, gradients, _ = rrhf(*rows, *knobs)
+    for row, loss, gradient in zip(zip(*rows, strict=True), losses, gradients, strict=True):
+        expected, by_logp = rrhf_equation(*row, *knobs)
+        assert loss == close_to(expected)
+        assert gradient == close_to(by_logp)
+
+
+@pytest.mark.parametrize("scores", ([1.2, 0.7, -0.4, -0.5], [1.0, 1.0, 0.5, 0.5]))
+def test_gradient_of_rrhf_equation(scores):
+    logps, knobs = [-6.0, -4.5, -9.0, -3.0], ([4, 3, 7, 2], scores, 0.05, 0.3)
+    _, gradient = rrhf_equation(logps, *knobs)
+    found = slopes(lambda *x: rrhf_equation(list(x), *knobs)[0], logps)
+    assert found == pytest.approx(gradient, rel=1e-8)
+
+
+def test_rrhf_asks_for_the_order_alone():
+    """In order: 0, however near; a flat policy too. Other scores in the same order: the same."""
+    ordered = [[-1.0, -1.0 - 1e-9, -7.0]], [[1, 1, 1]]
+    (loss,), (gradient,), _ = rrhf(*ordered, [[3.0, 2.0, 1.0]], 0.0)
+    assert (loss, gradient) == (0.0, [0.0, 0.0, 0.0])
+    (loss,), (gradient,), _ = rrhf([[-2.0, -4.0, -6.0]], [[1, 2, 3]], [[3.0, 2.0, 1.0]], 0.0)
+    assert (loss, gradient) == (0.0, [0.0, 0.0, 0.0])
+    logps, lengths, scores = random_lists(6, 5)
+    one, by_one, _ = rrhf(logps, lengths, scores, 0.3)
+    two, by_two, _ = rrhf(logps, lengths, [[9 * x - 3 for x in row] for row in scores], 0.3)
+    assert (one, by_one) == (two, by_two)
+
+
+@pytest.mark.parametrize("nothing", (0.0, -77.0))  # 0 is what common.py fills with
+def test_ragged_lists_of_rrhf(nothing):
+    """A shorter list is what it is alone; nothing flows to where it has no answer."""
+    sizes = (3, 5, 1, 2)
+    alone = [[x[0] for x in random_lists(2, n, seed=n)] for n in sizes]
+    logps, lengths, scores = (
+        padded(list(column), 5, filling)
+        for column, filling in zip(zip(*alone, strict=True), (nothing, 0, NAN), strict=True)
+    )
+    losses, gradients, metrics = rrhf(logps, lengths, scores, 0.05, 0.2)
+    assert metrics.keys() == RANKED | {"rank_loss"} and metrics["loss"] == losses
+    for b, (row, n) in enumerate(zip(alone, sizes, strict=True)):
+        expected, by_logp, expected_metrics = rrhf(*([x] for x in row), 0.05, 0.2)
+        assert losses[b] == pytest.approx(expected[0], rel=F64)
+        assert gradients[b][:n] == pytest.approx(by_logp[0], rel=F64)
+        assert gradients[b][n:] == [0.0] * (5 - n)
+        for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/rejected"):
+            assert metrics[name][b] == pytest.approx(expected_metrics[name][0], rel=F64)
 
 
 # -- listwise DPO: the equation

@@ -36,9 +36,12 @@ from test_train import (
 import common
 import cpo
 import dpo
+import ipo
 import kto
 import listwise_dpo
+import orpo
 import pro
+import rrhf
 import simpo
 import slic
 
@@ -46,11 +49,15 @@ METHODS = {
     "cpo": cpo,
     "simpo": simpo,
     "slic": slic,
+    "ipo": ipo,
+    "orpo": orpo,
     "kto": kto,
     "pro": pro,
     "listwise_dpo": listwise_dpo,
+    "rrhf": rrhf,
 }
-KIND = {"kto": "labelled", "pro": "ranked", "listwise_dpo": "ranked"}  # the others: pairs
+# The others: pairs.
+KIND = {"kto": "labelled", "pro": "ranked", "listwise_dpo": "ranked", "rrhf": "ranked"}
 
 
 def with_targets(rows: list[dict]) -> list[dict]:
@@ -153,11 +160,14 @@ CASES = {  # name -> the script, its rows, flags beside OWN
         "targets",
         {"regularise_on": "target", "reference_normalised": True},
     ),
+    "ipo": ("ipo", "pairs", {}),
+    "orpo": ("orpo", "pairs", {}),
     "kto": ("kto", "labelled", {}),
     "kto on pairs": ("kto", "pairs", {}),
     "kto with steps of one label": ("kto", "hardly undesirable", {}),
     "pro": ("pro", "ranked", {}),
     "listwise_dpo": ("listwise_dpo", "ranked", {}),
+    "rrhf": ("rrhf", "ranked", {}),
 }
 
 
@@ -398,3 +408,13 @@ def test_temperatures_come_from_the_scores(checkpoints, rows, plain):  # noqa: F
         assert train(pro, start, rows("pairs"), name, **HOT | flags) == 0
     assert_same_weights("gaps of 1", "none", start)
     assert abs(losses_of("gaps of a half")[0] - losses_of("none")[0]) > 1e-3
+
+
+def test_orpo_is_for_base_models(checkpoints, rows, plain, monkeypatch):  # noqa: F811
+    """Every other method on pairs warns of one."""
+    warned = []
+    monkeypatch.setattr(common, "warn_if_not_fine_tuned", lambda *_: warned.append(True))
+    for method, times in ((orpo, 0), (ipo, 1)):
+        name = method.__name__
+        assert train(method, checkpoints("llama"), rows("pairs"), name, max_steps=1) == 0
+        assert len(warned) == times

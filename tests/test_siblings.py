@@ -22,7 +22,13 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 DIFFS = ROOT / "diffs"
 BASE = "dpo"
-BASE_OF: dict[str, str] = {}  # methods that are nearer to another file than to dpo.py
+BASE_OF = {  # methods that are nearer to another file than to dpo.py
+    "rloo": "ppo",
+    "grpo": "rloo",
+    "rrhf": "pro",
+    "orpo": "cpo",
+    "raft": "rloo",
+}
 # Headings of Args whose fields are the same in all files; a method's own knobs come before them.
 SHARED = ("# The reference", "# Model and data", "# Optimization", "# The run")
 # Fields that say something else in one file: (method, field) -> why.
@@ -30,6 +36,12 @@ OWN_LINE = {
     ("sft", "model"): "it starts from a model that cannot answer yet",
     ("ppo", "batch_size"): "its rows are prompts, a step's answers are sampled",
     ("ppo", "max_steps"): "a step has several optimizer steps",
+    ("rloo", "batch_size"): "its rows are prompts, several answers are sampled to each",
+    ("rloo", "max_steps"): "a step may have several optimizer steps",
+    ("grpo", "batch_size"): "as in rloo.py",
+    ("grpo", "max_steps"): "as in rloo.py",
+    ("raft", "batch_size"): "its rows are prompts, several answers are sampled to each",
+    ("raft", "max_steps"): "a step is a stage",
 }
 
 
@@ -263,7 +275,7 @@ def test_diff_is_up_to_date(method):
     assert committed == diff_of(method), "python tests/test_siblings.py writes the diffs again"
 
 
-@pytest.mark.parametrize("method", ["cpo", "simpo"])
+@pytest.mark.parametrize("method", ["cpo", "simpo", "ipo"])
 def test_the_nearest_siblings_stay_near(method):
     """What is not about the method does not get in: less than 60 lines of dpo.py go and less than
     60 come; below docstring and settings, which are a method's own, less than 60 in all.

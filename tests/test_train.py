@@ -33,9 +33,12 @@ OWN = {  # each method's own flags in these runs: no term of a loss is off
     "cpo": {"beta": 0.3, "nll_weight": 0.5},
     "simpo": {"beta": 2.0, "gamma_beta_ratio": 0.5, "nll_weight": 0.3},
     "slic": {"beta": 0.5, "delta": 2.0, "target_weight": 0.2},
+    "ipo": {"beta": 0.5},
+    "orpo": {"odds_weight": 2.0},
     "kto": {"beta": 0.5, "desirable_weight": 1.5},
     "pro": {"sft_weight": 0.1, "score_scale": 0.5},
     "listwise_dpo": {"beta": 0.5},
+    "rrhf": {"sft_weight": 0.1, "margin": 0.5},
 }
 
 

@@ -1,5 +1,6 @@
-"""cpo_loss, simpo_loss and kto_loss against the code of TRL's CPOTrainer and KTOTrainer: the same
-log-probs in, the same value and gradient out, in float64.
+"""cpo_loss, simpo_loss, ipo_loss, orpo_loss and kto_loss against the code of TRL's CPOTrainer,
+DPOTrainer, ORPOTrainer and KTOTrainer: the same log-probs in, the same value and gradient out, in
+float64.
 
 Their losses are methods that ask a model themselves. They get one that answers with tensors made
 here, on a trainer without its __init__, which has nothing but what they read.
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 from cpo import cpo_loss
+from ipo import ipo_loss
 from kto import kto_loss
+from orpo import orpo_loss
 from simpo import simpo_loss
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}  # some ten float64 operations on numbers up to a hundred
@@ -108,6 +111,95 @@ def test_pairwise(ratio, beta, weight, scale):
         assert metrics[name].mean().item() == pytest.approx(logged[name], rel=1e-12), name
     if weight:  # without, TRL logs 0
         assert metrics["nll_loss"].mean().item() == pytest.approx(logged["nll_loss"], rel=1e-12)
+
+
+# -- ORPO and IPO
+
+
+@pytest.mark.parametrize("scale", (0.3, 2.0, 8.0))
+@pytest.mark.parametrize("weight", (0.1, 5.0))
+def test_orpo(weight, scale):
+    """Their odds are computed in fp32. Their NLL is a mean over the tokens of the batch, prompts
+    included: the odds-ratio term is theirs alone, and ours without our NLL.
+    """
+    from trl.experimental.orpo import ORPOTrainer
+
+    batch, logits = pairs(scale)
+    trainer = object.__new__(ORPOTrainer)
+    known = {
+        "accelerator": ACCELERATOR, "is_encoder_decoder": False, "padding_value": 0,
+        "aux_loss_enabled": False, "beta": weight,
+    }  # fmt: skip
+    for name, value in known.items():
+        setattr(trainer, name, value)
+    model = lambda *_, **__: SimpleNamespace(logits=logits)  # noqa: E731
+    theirs, logged = trainer.get_batch_loss_metrics(model, batch)
+    nll = trainer.concatenated_forward(model, batch)[4]
+    (slope,) = torch.autograd.grad(theirs - nll, logits)
+
+    logps, lengths = summed_logps(batch, logits), torch.tensor([CHOSEN, REJECTED])
+    losses, metrics = orpo_loss(*logps, *lengths, weight)
+    ours = (losses - metrics["nll_loss"]).mean()
+    single = {"rtol": 1e-5, "atol": 1e-7}
+    torch.testing.assert_close(ours.item(), (theirs - nll).item(), **single)
+    torch.testing.assert_close(torch.autograd.grad(ours, logits)[0], slope, **single)
+    assert slope.abs().max() > 1e-3
+    means = logps / lengths  # what they log: of chosen answers, then of rejected ones
+    for name, mean in zip(("chosen", "rejected"), means, strict=True):
+        assert logged[f"logps/{name}"] == pytest.approx(mean.mean().item(), rel=1e-6)
+    assert logged["log_odds_chosen"] == pytest.approx(
+        metrics["rewards/margins"].mean().item(), rel=1e-5
+    )
+    assert logged["rewards/accuracies"] == metrics["rewards/accuracies"].mean().item()
+
+
+@pytest.mark.parametrize("beta", (0.01, 0.3, 5.0))
+def test_ipo(beta):
+    from trl import DPOTrainer
+
+    generator = torch.Generator().manual_seed(3)
+    rows, tokens = len(CHOSEN), max(CHOSEN + REJECTED)
+    lengths = torch.tensor(CHOSEN + REJECTED)
+    mask = torch.arange(tokens) < lengths[:, None]  # (2B, T) chosen, then rejected
+    draw = torch.randn(2, *mask.shape, generator=generator, dtype=torch.float64)
+    token_logps = (2 * draw[0] - 3).requires_grad_()
+    ref_logps = ((2 * draw[1] - 3) * mask).sum(1).view(2, rows)
+    unused = torch.zeros(mask.shape)
+
+    def model(**_) -> SimpleNamespace:  # log-probs of what is no answer are 0
+        is_top1 = torch.zeros(mask.shape, dtype=torch.bool)
+        found = {"entropy": unused, "mean_logits": unused, "is_top1": is_top1}
+        return SimpleNamespace(log_probs=token_logps * mask, **found)
+
+    model.training = True
+    behind_a_prompt = torch.cat([torch.zeros(2 * rows, 1), mask], 1).long()
+    batch = {
+        "input_ids": torch.ones_like(behind_a_prompt), "completion_mask": behind_a_prompt,
+        "attention_mask": torch.ones_like(behind_a_prompt),
+        "ref_chosen_logps": ref_logps[0], "ref_rejected_logps": ref_logps[1],
+    }  # fmt: skip
+    trainer = object.__new__(DPOTrainer)
+    known = {
+        "accelerator": SimpleNamespace(gather=lambda tensor: tensor, **vars(ACCELERATOR)),
+        "model": model, "loss_types": ["ipo"], "loss_weights": [1.0], "beta": beta,
+        "f_divergence_type": "reverse_kl", "ld_alpha": None, "precompute_ref_logps": True,
+        "use_weighting": False, "aux_loss_enabled": False, "_tp_size": 1, "_total_train_tokens": 0,
+        "_metrics": {"train": defaultdict(list)},
+    }  # fmt: skip
+    for name, value in known.items():
+        setattr(trainer, name, value)
+    theirs = trainer._compute_loss(model, batch, return_outputs=False)
+    (slope,) = torch.autograd.grad(theirs, token_logps)
+
+    logps = (token_logps * mask).sum(1).view(2, rows)
+    losses, metrics = ipo_loss(*logps, *ref_logps, *lengths.view(2, rows), beta)
+    close(losses.mean(), theirs)
+    close(torch.autograd.grad(losses.mean(), token_logps)[0], slope)
+    assert slope.abs().max() > 1e-2
+    # Their rewards are of sums, whatever is compared.
+    _, sums = ipo_loss(*logps.detach(), *ref_logps, *lengths.view(2, rows), beta, False)
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert trainer._metrics["train"][name] == pytest.approx([sums[name].mean().item()])
 
 
 # -- KTO
