@@ -94,7 +94,7 @@ GAINS = dict.fromkeys("ipo cpo simpo slic kto raft rso".split(), 0.06)
 GAINS |= dict.fromkeys("pro listwise_dpo rrhf".split(), 0.10)  # they see four answers, not two
 GAINS |= dict.fromkeys("dpo ppo rloo grpo".split(), 0.12)
 GAINS |= {"orpo": 0.03}  # no setting that was tried gained 0.06: departure 5 in orpo.py
-TRUE_REWARD = ("rloo", "grpo")  # in all of their steps, by the true reward instead of the learned one
+TRUE_REWARD = ("rloo", "grpo")  # in all of their steps, by the true reward
 
 
 @pytest.mark.slow
