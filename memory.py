@@ -295,9 +295,9 @@ def plan(config: Any, args: Any, rows: list, world: int = 1, gpu: int = 0) -> Pl
         loaded = wide * sum(base)
         if loaded > made.total:
             made = Plan(weights=loaded, moment="loading")
-    if hasattr(args, "ppo_epochs"):
+    if hasattr(args, "missing_eos") or hasattr(args, "batch_epochs"):  # it samples as it learns
         beside_policy(made, args, sum(size.values()), world if spread else 1)
-        trained *= 2
+        trained *= 1 + hasattr(args, "value_model")
     saved = trained * (2 if args.optimizer == "rmsprop" else 3)
     exported = sum(size.values()) * getattr(torch, args.export_dtype).itemsize
     made.disk = saved * (max(1, args.keep_last) + 1) + exported
@@ -305,19 +305,22 @@ def plan(config: Any, args: Any, rows: list, world: int = 1, gpu: int = 0) -> Pl
 
 
 def beside_policy(made: Plan, args: Any, size: int, parts: int) -> None:
-    """PPO's other models, taken to be as large as the policy: a value network, trained like it, of
-    which both activations are held at once; a reference (LoRA has none) and a reward model, which
-    are asked only.
+    """The other models of a method that samples as it learns, taken to be as large as the policy: a
+    reference (LoRA has none) and a reward model, which are asked only; PPO's value network, trained
+    like the policy, of which both activations are held at once.
     """
     scored_by = [args.reward, args.gold_reward or "family"]
     models = [name for name in scored_by if ":" not in name and name != "family"]
-    frozen = int(bool(args.ref_model) or not args.lora_rank)
+    always = hasattr(args, "clip_range")  # ppo.py and rloo.py ask one without a KL too
+    frozen = int(bool(getattr(args, "ref_model", None)))
+    frozen = frozen or int(not args.lora_rank and (always or args.kl_coef > 0))
     frozen += sum(len(name.split("@")) for name in models)
     wide = 8 if args.dtype == "float64" else 4
     each = wide if parts > 1 else getattr(torch, args.dtype).itemsize  # spread ones stay wide
-    made.weights = 2 * made.weights + frozen * size * each // parts
-    made.gradients, made.optimizer = 2 * made.gradients, 2 * made.optimizer
-    made.activations *= 2
+    if hasattr(args, "value_model"):
+        made.weights, made.gradients = 2 * made.weights, 2 * made.gradients
+        made.optimizer, made.activations = 2 * made.optimizer, 2 * made.activations
+    made.weights += frozen * size * each // parts
 
 
 def _step(

@@ -255,6 +255,31 @@ def test_checkpoints_kept_and_the_exported_dtype_count_on_disk():
     assert found.disk == 4 * 12 * n + 2 * n
 
 
+@pytest.mark.parametrize(
+    "script, flags, weights, trained",
+    [
+        ("ppo", {}, 4, 2),  # policy and value network; reference and reward model
+        ("ppo", {"kl_coef": 0.0}, 4, 2),
+        ("rloo", {}, 3, 1),
+        ("rloo", {"gold_reward": "runs/gold"}, 4, 1),
+        ("grpo", {}, 3, 1),
+        ("grpo", {"kl_coef": 0.0}, 2, 1),
+        ("raft", {}, 3, 1),
+        ("raft", {"kl_coef": 0.0, "reward": "family"}, 1, 1),
+        ("rso", {}, 1, 1),  # what scores has gone before the first step
+    ],
+)
+def test_models_beside_the_policy_are_counted(script, flags, weights, trained):
+    own = {"reward": "runs/reward", "kl_coef": 0.1}
+    args = vars(import_module(script).Args()) | dataclasses.asdict(Flags()) | own | flags
+    plain = memory.plan(tiny_config(), Flags(), rows())
+    found = memory.plan(tiny_config(), SimpleNamespace(**args), rows())
+    n = 4 * parameters_by_hand()
+    assert found.weights - plain.weights == pytest.approx((weights - 1) * n, abs=512)
+    assert found.gradients == trained * plain.gradients
+    assert found.optimizer == trained * plain.optimizer
+
+
 def test_a_reference_model_is_there_before_the_optimizer_is():
     plain = memory.plan(tiny_config(), Flags(), rows())
     asked = memory.plan(tiny_config(), Flags(ref_model="other"), rows())
