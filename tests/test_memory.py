@@ -167,19 +167,15 @@ def measured(name: str, flags: Flags, world: int, folder: Path) -> float:
             for case in (
                 ("llama", {"gradient_checkpointing": True}, 1),
                 ("llama", {"optimizer": "rmsprop"}, 1),
-                ("llama", {"fused_logps": False}, 1),
                 ("llama", {"micro_batch_size": 4}, 1),  # no gradients stand while it goes forward
                 ("llama", {"dtype": "bfloat16"}, 1),
                 ("llama", {"lora_rank": 8}, 1),
                 ("llama", {}, 2),
-                ("llama", {"fsdp": True}, 2),
                 ("llama", {"fsdp": True, "lora_rank": 8}, 2),
                 ("gemma2", {}, 1),
                 ("gemma2", {"fused_logps": False}, 1),
-                ("gemma2", {"dtype": "bfloat16"}, 1),
                 ("gemma2", {"fsdp": True}, 2),
                 ("gemma2", {"fsdp": True, "dtype": "bfloat16"}, 2),
-                ("gpt2", {}, 1),
                 ("gpt2", {"share_prompt": False}, 1),
             )
         ),
