@@ -89,7 +89,7 @@ def test_the_first_command_makes_a_model_better(tmp_path):
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-# What the sampled true reward gains at least, and in a third of the steps already.
+# What the sampled true reward gains at least.
 GAINS = dict.fromkeys("ipo cpo simpo slic kto raft rso".split(), 0.06)
 GAINS |= dict.fromkeys("pro listwise_dpo rrhf".split(), 0.10)  # they see four answers, not two
 GAINS |= dict.fromkeys("dpo ppo rloo grpo".split(), 0.12)
@@ -97,15 +97,15 @@ GAINS |= {"orpo": 0.03}  # no setting that was tried gained 0.06: departure 5 in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", "simpo kto pro raft rso ppo rloo".split())
+@pytest.mark.parametrize("method", "simpo kto pro".split())
 def test_a_method_makes_the_model_better(method, tmp_path):
-    """One of each kind, in a third of its steps. What whole runs of all gain is in results/tiny."""
+    """One of each kind of rows, in a third of its steps. What whole runs of all gain is in
+    results/tiny: the next test.
+    """
     folder = tmp_path / "run"
     more = ["--output-dir", folder, "--cache-dir", tmp_path / "cache"]
     steps = importlib.import_module(method).SETTINGS["tiny"]["max_steps"]
-    # rloo.py in all of its steps, by the true reward instead of the learned one.
-    more += ["--reward", "family"] if method == "rloo" else ["--max-steps", steps // 3]
-    more += ["--prompts", 600] if method == "rso" else []
+    more += ["--max-steps", steps // 3]
     status, out, err = run_script(f"{method}.py", *more)
     assert status == 0, err[-2000:]
     print(out[out.index(f"{method}: ") :])
