@@ -73,7 +73,7 @@ def test_the_first_command_makes_a_model_better(tmp_path):
     """What the README promises of `python dpo.py`, on 1,024 unseen prompts."""
     folder = tmp_path / "run"
     more = ("--output-dir", folder, "--cache-dir", tmp_path / "cache")
-    status, out, err = run_script("dpo.py", *more)
+    status, out, err = run_script("dpo.py", *more, threads=2)
     assert status == 0, err[-2000:]
     print(out[out.index("dpo: ") :])
     found = json.loads((folder / "measured.json").read_text())
@@ -106,7 +106,7 @@ def test_a_method_makes_the_model_better(method, tmp_path):
     more = ["--output-dir", folder, "--cache-dir", tmp_path / "cache"]
     steps = importlib.import_module(method).SETTINGS["tiny"]["max_steps"]
     more += ["--max-steps", steps // 3]
-    status, out, err = run_script(f"{method}.py", *more)
+    status, out, err = run_script(f"{method}.py", *more, threads=2)
     assert status == 0, err[-2000:]
     print(out[out.index(f"{method}: ") :])
     found = json.loads((folder / "measured.json").read_text())
