@@ -202,7 +202,6 @@ def test_same_weights_spread_over_two(heads, alone, pairs, tmp_path):  # noqa: F
     [
         ("llama", 2, True),
         ("llama-tied", 2, False),
-        ("gemma2", 4, True),
         ("gemma2-untied", 2, False),
     ],
 )
@@ -229,7 +228,7 @@ def test_kto_spread(checkpoints, plain, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer, processes", [("adamw", 2), ("rmsprop", 4)])
+@pytest.mark.parametrize("optimizer, processes", [("adamw", 2), ("rmsprop", 2)])
 def test_sft_spread(checkpoints, pairs, tmp_path, optimizer, processes):  # noqa: F811
     flags = HOT | {"micro_batch_size": 2, "optimizer": optimizer, "max_grad_norm": 0.5}
     run("sft", tmp_path / "one", checkpoints("gpt2"), pairs, 1, **flags)
@@ -238,7 +237,7 @@ def test_sft_spread(checkpoints, pairs, tmp_path, optimizer, processes):  # noqa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture, lora", [("gemma2", 4), ("gpt2", 0)])
+@pytest.mark.parametrize("architecture, lora", [("gemma2", 4)])
 def test_low_precision_spread(checkpoints, pairs, tmp_path, architecture, lora):  # noqa: F811
     """bf16 rounds embeddings and norms too where weights are spread; the steps stay close, and the
     first loss is ln 2 to the last digit.
