@@ -81,7 +81,12 @@ def test_two_files_train_resume_and_export(kit):
 
 
 PAIRS = dict.fromkeys(["cpo", "simpo", "slic", "ipo", "orpo"], pair_rows)
-ROWS = PAIRS | {"kto": labelled_rows, "pro": ranked_rows, "listwise_dpo": ranked_rows}
+ROWS = PAIRS | {
+    "kto": labelled_rows,
+    "pro": ranked_rows,
+    "rrhf": ranked_rows,
+    "listwise_dpo": ranked_rows,
+}
 
 
 def load_copy(file: Path, monkeypatch) -> ModuleType:
@@ -135,10 +140,13 @@ SCORERS = (
     "samples.py",
     "scoring.py",
 )  # what the scripts that sample and score need besides
+GROUPS = (
+    "--reward mine.py:length --samples 2 --batch-epochs 1 --minibatches 1 --temperature 1".split()
+)
 LENGTH = "def length(prompts, responses):\n    return [len(r) / 9 for r in responses]\n"
 
 
-@pytest.mark.parametrize("script", ["reward_model", "ppo", "rso"])
+@pytest.mark.parametrize("script", ["reward_model", "ppo", "rso", "rloo", "grpo", "raft"])
 def test_four_files_sample_score_and_learn(checkpoints, tmp_path, script):
     """As a user starts them, with nothing else of ours in the folder."""
     for name in (f"{script}.py", "common.py", *SCORERS):
@@ -149,6 +157,12 @@ def test_four_files_sample_score_and_learn(checkpoints, tmp_path, script):
         "reward_model": ["--adam-eps", "1e-8", "--zero-on", "8"],
         "ppo": [*"--reward mine.py:length --kl-coef 0.1 --ppo-epochs 2 --minibatches 1".split()]
         + ["--temperature", "1", "--adam-eps", "1e-8"],
+        "rloo": [*GROUPS, *"--kl-coef 0.1 --adam-eps 1e-8".split()],
+        "grpo": [
+            *GROUPS,
+            *"--kl-coef 0.1 --adam-eps 1e-8 --normalise grpo --clip-high 0.2".split(),
+        ],
+        "raft": [*GROUPS, *"--kl-coef 0.1".split()],
         "rso": [*"--reward mine.py:length --samples 4 --accepted 4 --sampling-beta 1".split()]
         + [*"--gamma 0.3 --temperature 1 --top-k 0 --prompts 32".split()],
     }[script]
