@@ -2,30 +2,30 @@
 
     L = - E_(x, y_w, y_l) [ log sigmoid( beta log pi(y_w|x)  -  beta log pi(y_l|x) ) ]  +  nll_weight * NLL(y_w)
 
-DPO's loss with a uniform reference model, which cancels: no second model, and no second forward pass. Nothing then says how
-far the policy may drift, so the second term keeps it writing what was preferred: NLL is the mean over response tokens of
--log pi(token | everything before it), on the chosen answers. The paper gives the two terms equal weight.
+The first term is DPO's loss with a uniform reference model, which cancels: CPO needs no second model and no second forward
+pass. But this term alone does not limit how far the policy drifts, so the second term keeps the chosen answers likely. NLL is the
+mean over the chosen answers' tokens of -log pi(token | everything before it). The paper gives both terms the same weight.
 
-    paper                    here
+    paper                    code
     x, y_w, y_l              a row: the prompt, its first response (chosen), its second (rejected)
-    log pi(y|x)              chosen_logps, rejected_logps: sums over response tokens, end-of-sequence included
+    log pi(y|x)              chosen_logps, rejected_logps: sums over response tokens, EOS included
     NLL(y_w)                 nll: -chosen_logps divided by mean_length, the mean number of tokens of a chosen answer
     E                        mean over the pairs of a step, on all processes
 
 Options and departures
-1. The paper writes NLL as -log pi(y_w|x), a sum; its code takes the mean over tokens, and so do we. The mean is over all
-   chosen tokens of the optimizer step: a mean of micro-batch means would give a short answer's tokens more weight.
-2. The paper went on training ALMA-13B's own adapters, of rank 16 on down_proj alone, with weight decay 0.01. The row
-   alma-13b makes new ones on every linear layer; add --weight-decay 0.01, which a row cannot set.
-3. `tiny` weighs NLL with 0.05: with 1, its choices being noisy, the sampled reward rose by 0.03 instead of 0.14.
+1. The paper writes NLL as the sum -log pi(y_w|x). Its code takes the mean over tokens, and so does this file: the mean over all
+   chosen tokens of the optimizer step, because a mean of micro-batch means would weigh the tokens of short answers more.
+2. The paper trains ALMA-13B's existing adapters (rank 16, on down_proj only) with weight decay 0.01. The preset alma-13b adds new
+   adapters to every linear layer and has no weight decay; add --weight-decay 0.01.
+3. `tiny` has nll_weight 0.05. Its labels are noisy: with weight 1 the sampled reward rose by 0.03 instead of 0.14.
 
-Healthy: rewards/accuracies begins at the share of pairs that the model ranks right already and rises (`tiny`: 0.61 to 0.70);
-margins rise. nll_loss falls or stays with weight 1, and rises with a small one (`tiny`: 0.86 to 1.5); much more is drift:
-raise --nll-weight, lower --lr. A long answer has a large sum, and so a large say in the first term.
+Healthy: rewards/accuracies starts at the share of pairs that the model already ranks correctly and rises (`tiny`: 0.61 to 0.70);
+rewards/margins rises. With weight 1 nll_loss falls or stays; with a small weight it rises (`tiny`: 0.86 to 1.5). If it rises
+much more, the policy drifts: raise --nll-weight or lower --lr. Long answers have large sums and dominate the first term.
 
     python cpo.py                                                           # the embedded task, on a laptop
     torchrun --nproc_per_node=4 cpo.py --model runs/sft-model-gemma-2-2b    # after sft.py --model gemma-2-2b
-    python cpo.py --model runs/sft-... --dataset rows.jsonl                 # {"prompt", "chosen", "rejected"}
+    python cpo.py --model runs/sft --dataset rows.jsonl                     # {"prompt", "chosen", "rejected"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
@@ -38,87 +38,45 @@ from torch import Tensor
 
 import common
 
-# What a flag that was left out becomes, and where the numbers are from (micro-batches are ours): by
-# the last part of the model's name, in small letters; a folder that a run of ours saved has the row of
-# the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
-THESIS = {  # a batch of 64 to 128
-    "beta": 0.1, "nll_weight": 1.0, "lr": 1e-7, "batch_size": 64, "micro_batch_size": 4, "epochs": 3.0,
-    "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "rmsprop", "max_grad_norm": 1.0,
-    "max_length": 2048, "max_prompt_length": 1024, "dataset": "tldr",
-    "source": "the MSc thesis at github.com/martimfasantos/MSc-Thesis",
-}  # fmt: skip
-SETTINGS = {
-    "tiny": {
-        "beta": 0.1, "nll_weight": 0.05, "lr": 6e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
-        "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
-        "max_length": 160, "max_prompt_length": 128, "dataset": "family", "source": "tuned here",
-    },
-    "gemma-2-2b": THESIS, "tinyllama": THESIS, "eurollm-1.7b": THESIS,
-    "alma-13b": {
-        "beta": 0.1, "nll_weight": 1.0, "lr": 1e-4, "batch_size": 128, "micro_batch_size": 4, "epochs": 1.0,
-        "schedule": "inverse-sqrt", "warmup_ratio": 0.01, "optimizer": "adamw", "max_grad_norm": 1.0,
-        "max_length": 512, "max_prompt_length": 256, "lora_rank": 16, "dataset": "alma-r",
-        "source": "Xu et al. 2024 and their code, github.com/fe1ixxu/ALMA",
-    },
-}  # fmt: skip
 
-
-# fmt: off
 @dataclass
-class Args:
-    # CPO
-    beta: float | None = None  # factor on the log-probs in the preference term, per nat; default: the model's row in SETTINGS
-    nll_weight: float | None = None  # weight of the mean NLL of the chosen answers' tokens, 0 or more; default: SETTINGS
-    # Model and data
-    model: str = "tiny"  # tiny, a short name (gemma-2-2b, ...), a Hugging Face id, or a folder such as runs/sft
-    dataset: str | None = None  # family, a short name (tldr, ultrafeedback, hh, ...), a file or folder (.jsonl .json .parquet .csv), a hub id[:config][:split], or name=PATH for a copy; default: SETTINGS
-    eval_dataset: str | None = None  # held-out rows; default: the dataset's own test split, else a twentieth of it
-    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"  # how a ranked list becomes pairs
-    skip_bad_rows: bool = False  # go on without rows that cannot be used, instead of stopping
-    max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
-    max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
-    # Optimization
-    batch_size: int | None = None  # rows (a prompt and its responses) per optimizer step, over all processes; default: SETTINGS
-    micro_batch_size: int | None = None  # rows per forward pass and process; default: the largest that fits SETTINGS
-    epochs: float | None = None  # passes over the rows; default: SETTINGS
-    max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
-    lr: float | None = None  # peak learning rate; default: SETTINGS
-    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] | None = None  # after the warm-up; default: SETTINGS
-    warmup_ratio: float | None = None  # share of the steps in which the learning rate rises from 0; default: SETTINGS
-    optimizer: Literal["adamw", "rmsprop"] | None = None  # default: SETTINGS
-    weight_decay: float = 0.0  # on matrices only
-    max_grad_norm: float | None = None  # gradients are scaled down to this norm; 0: never; default: SETTINGS
-    dtype: Literal["bfloat16", "float32", "float64"] | None = None  # to compute in; default: bfloat16 on GPUs that have it, else float32
-    attn: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"  # attention; auto: sdpa, or eager where sdpa would leave something out
-    share_prompt: bool = True  # the responses of a prompt stand behind one copy of it, where that costs less
-    fused_logps: bool = True  # log-probs through kernels/, which never hold the logits; off: the plain lines in common.py
-    fsdp: bool = False  # weights, gradients and optimizer state are spread over the processes
-    gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, one more forward pass
-    compile: bool = False  # torch.compile of the layers: the first steps take long, what the others gain is not measured yet
-    lora_rank: int | None = None  # train adapters of this rank beside the frozen linear layers (LoRA, alpha twice the rank); 0: train all weights; default: SETTINGS, else 0
-    # The run
-    output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults
-    resume: Literal["auto", "never"] = "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
-    eval_every: int = 100  # steps between evaluations on held-out rows; 0: only at the start and the end
-    sample_every: int = 0  # steps between greedy samples on fixed prompts; 0: only at the start and the end
-    save_every: int = 100  # steps between checkpoints; 0: only at the end
-    keep_last: int = 1  # checkpoints kept
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens, samples and log-probs of a reference are kept for the next run; default: runs/.cache
-    track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
-    seed: int = 0  # of the order of rows, and of whatever is sampled
-    deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
-# fmt: on
+class Args(common.Args):  # defaults: the thesis' (the paper trains adapters: alma-13b)
+    beta: float = 0.1  # factor on the log-probs in the preference term
+    nll_weight: float = 1.0  # weight of the mean NLL of the chosen answers' tokens
+    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"  # how ranked lists become pairs
+    max_length: int = 2048  # tokens of prompt and response together
+    max_prompt_length: int = 256  # tokens kept of the prompt if the row is too long
+    lr: float = 1e-7  # peak learning rate
+    batch_size: int = 64  # pairs per optimizer step, over all processes
+    micro_batch_size: int = 4  # pairs per forward pass and process; lowered to divide the batch
+    epochs: float = 3.0  # passes over the pairs
+    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = "cosine"  # after warm-up
+    optimizer: Literal["adamw", "rmsprop"] = "rmsprop"  # as the thesis' text says
+
+
+# What differs from the defaults, by model (or the model that a checkpoint was trained from).
+PRESETS = {
+    "tiny": dict(  # tuned here
+        nll_weight=0.05, lr=6e-4, batch_size=16, micro_batch_size=16, max_steps=300, schedule="linear",
+        warmup_ratio=0.05, optimizer="adamw", max_length=160, max_prompt_length=128, dataset="family",
+    ),
+    "alma-13b": dict(  # github.com/fe1ixxu/ALMA; batch 128: the paper, from memory (their script has 16)
+        lr=1e-4, batch_size=128, epochs=1.0, schedule="inverse-sqrt", warmup_ratio=0.01, optimizer="adamw",
+        max_length=512, lora_rank=16, dataset="alma-r",
+    ),
+    # github.com/martimfasantos/MSc-Thesis; its text says RMSprop, its code runs AdamW (dpo.py, 4)
+    "gemma-2-2b": dict(dataset="tldr"), "tinyllama": dict(dataset="tldr"), "eurollm-1.7b": dict(dataset="tldr"),
+}  # fmt: skip
 
 
 def cpo_loss(
     chosen_logps: Tensor,  # (B,) log pi(y_w | x), summed over response tokens
     rejected_logps: Tensor,  # (B,) log pi(y_l | x)
-    mean_length: float,  # tokens of a chosen answer, mean over the whole step (or all held-out rows)
+    mean_length: float,  # mean tokens of a chosen answer, over the step (or all held-out rows)
     beta: float,
     nll_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of both terms. Returns one loss per pair, and what to plot (one value per pair)."""
+    """Both terms. Returns one loss per pair, and metrics (one value per pair)."""
     chosen_rewards = beta * chosen_logps  # (B,)
     rejected_rewards = beta * rejected_logps  # (B,)
     margins = chosen_rewards - rejected_rewards  # (B,)
@@ -138,43 +96,39 @@ def cpo_loss(
 
 
 def main(args: Args) -> None:
-    run = common.start(args, SETTINGS, __file__)
-    if not args.beta > 0 or not args.nll_weight >= 0:
-        raise common.UserError("--beta must be positive, --nll-weight 0 or more")
+    if not args.beta > 0:
+        raise common.UserError("--beta must be positive")
+    run = common.Run(args)
     tokenizer = common.load_tokenizer(args.model, args.max_length)
-    train, held_out = common.load_rows(
-        args.dataset, args.eval_dataset, "pair", tokenizer, args.max_length,
-        args.max_prompt_length, args.pairs, args.skip_bad_rows, cache_dir=args.cache_dir,
-    )  # fmt: skip
+    train, held_out = common.load_rows(args, tokenizer, kind="pair")
     run.plan(train)
-    policy = common.load_policy(
-        args.model, args.dtype, run, args.attn, args.share_prompt, args.fused_logps,
-        args.fsdp, args.gradient_checkpointing, args.compile, args.lora_rank,
-    )  # fmt: skip
-    common.warn_if_not_fine_tuned(policy, tokenizer)
-    optimizer = common.make_optimizer(policy, args.optimizer, args.lr, args.weight_decay)
-    run.restore(policy, optimizer)
+    policy = common.load_policy(args, run)
+    optimizer, scheduler = common.make_optimizer(policy, args, run)
+    run.restore(policy, optimizer, scheduler)
 
-    # For training and for evaluation.
-    def losses_of(micro: common.Micro) -> tuple[Tensor, dict[str, Tensor]]:
-        logps, lengths = common.response_logps(policy, micro)  # (B, 2), (B, 2)
-        losses, metrics = cpo_loss(*logps.unbind(1), micro.mean_length, args.beta, args.nll_weight)
-        metrics |= {"length/chosen": lengths[:, 0], "length/rejected": lengths[:, 1]}
+    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logps = common.response_logps(policy, batch)  # (B, 2): chosen, rejected
+        losses, metrics = cpo_loss(*logps.unbind(1), batch.mean_length, args.beta, args.nll_weight)
+        metrics |= {"length/chosen": batch.lengths[:, 0], "length/rejected": batch.lengths[:, 1]}
         return losses, metrics
 
-    for batch in run.batches(train):  # from where the run stands
+    for step in run.steps(train):  # continues from the last checkpoint
         if run.evaluation_due:
-            run.evaluate(losses_of, held_out, policy, tokenizer)
-        for micro in batch:
-            losses, metrics = losses_of(micro)
-            # Divided by the whole step's count, over all processes.
-            (losses.sum() / batch.prompts).backward()
-            run.add(metrics)
-        # Sums gradients over processes, clips, steps, logs, saves when due.
-        run.update(policy, optimizer)
-    run.evaluate(losses_of, held_out, policy, tokenizer)
+            run.evaluate(losses_of, held_out, tokenizer)
+        for batch in step.micro_batches:
+            losses, metrics = losses_of(batch)
+            (losses.sum() / step.num_rows).backward()  # num_rows: over all processes
+            run.record(metrics)
+        common.sum_gradients(policy)  # a sum, not a mean: the loss is already divided
+        grad_norm = common.clip_gradients(policy, args.max_grad_norm)
+        if grad_norm.isfinite():  # the same on every process
+            optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        run.end_step(grad_norm)  # logs; saves when it is due
+    run.evaluate(losses_of, held_out, tokenizer)
     run.finish(policy, tokenizer)
 
 
 if __name__ == "__main__":
-    main(common.command_line(Args, __doc__))
+    main(common.parse(Args, PRESETS, __doc__))

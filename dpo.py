@@ -2,32 +2,35 @@
 
     L = - E_(x, y_w, y_l) [ log sigmoid( beta log pi(y_w|x)/ref(y_w|x)  -  beta log pi(y_l|x)/ref(y_l|x) ) ]      (eq. 7)
 
-The best policy under "reward minus beta times KL from ref" has the reward beta log pi/ref, up to a term that depends on
-x alone (eq. 5). Put that into the Bradley-Terry model of which answer people prefer, and the reward model is the policy
-itself: what is left is a classification loss on pairs. beta is not a factor on the loss: it sets how far log pi/ref
-has to move (about 1/beta nats) before a pair counts as learnt, so a small beta allows a large KL.
+The policy that maximises reward minus beta times the KL from ref has the reward beta log pi/ref, up to a term that depends
+on x only (eq. 5). Put into the Bradley-Terry model of preferences, this turns reward learning into a classification loss on
+the policy itself. beta is not a factor on the loss: it sets how far log pi/ref has to move (about 1/beta nats) before a pair
+counts as learned. A small beta allows a large KL.
 
-    paper                    here
+    paper                    code
     x, y_w, y_l              a row: the prompt, its first response (chosen), its second (rejected)
-    log pi(y|x)              chosen_logps, rejected_logps: sums over response tokens, end-of-sequence included
+    log pi(y|x)              chosen_logps, rejected_logps: sums over response tokens, EOS included
     log ref(y|x)             ref_chosen_logps, ref_rejected_logps
     beta log pi(y|x)/ref     chosen_rewards, rejected_rewards: the implicit reward
     E                        mean over the pairs of a step, on all processes
 
 Options and departures
-1. --label-smoothing e (cDPO: Mitchell, "A note on DPO with noisy preferences", 2023): each label is taken to be wrong
-   with probability e, so the loss is (1-e) * loss + e * (loss with the two answers exchanged).
-2. --gamma (DPO-gamma): a target margin, log sigmoid(reward difference - gamma), as in SimPO's eq. 5. 0 is the paper.
-3. The paper keeps the reference model in memory. Here it is asked once, before the first step, for the log-probs that
-   the run will use: the same numbers, one forward pass in the loop instead of two, and no second model.
+1. --label-smoothing e (cDPO: Mitchell, "A note on DPO with noisy preferences", 2023): a label is wrong with probability e,
+   so the loss is (1-e) * loss + e * (loss with the two answers exchanged).
+2. --gamma (DPO-gamma): a target margin as in SimPO's eq. 5, log sigmoid(reward difference - gamma). 0 is the paper. With
+   label smoothing, the exchanged term has the margin too: log sigmoid(-difference - gamma). The thesis' code and CPO_SIMPO
+   write +gamma there, which differs by up to 0.4.
+3. The paper keeps the reference in memory. Here its log-probs are computed once, before the first step: the same numbers,
+   one forward pass per step instead of two, and no second model.
+4. The thesis' text says RMSprop; its code runs AdamW with weight decay 0.05 and 150 warm-up steps. The preset follows the text.
 
-Healthy: the loss starts at ln 2 = 0.6931 (at gamma 0) and ends between 0.3 and 0.65; rewards/accuracies rises from 0 (no
-margin yet) to 0.6-0.8. logps/chosen usually falls too, less than logps/rejected: that is normal. Falling greedy quality
-or growing length with a loss near 0 is over-optimisation: raise beta, lower --lr.
+Healthy: the loss starts at ln 2 = 0.6931 (gamma 0) and ends between 0.3 and 0.65; rewards/accuracies rises from 0 (no margin
+yet) to 0.6-0.8. logps/chosen usually falls, less than logps/rejected. Worse greedy answers or growing length while the loss
+nears 0 mean over-optimisation: raise --beta or lower --lr.
 
     python dpo.py                                                           # the embedded task, on a laptop
     torchrun --nproc_per_node=4 dpo.py --model runs/sft-model-gemma-2-2b    # after sft.py --model gemma-2-2b
-    python dpo.py --model runs/sft-... --dataset rows.jsonl                 # {"prompt", "chosen", "rejected"}
+    python dpo.py --model runs/sft --dataset rows.jsonl                     # {"prompt", "chosen", "rejected"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
@@ -40,81 +43,35 @@ from torch import Tensor
 
 import common
 
-# What a flag that was left out becomes, and where the numbers are from (micro-batches are ours): by
-# the last part of the model's name, in small letters; a folder that a run of ours saved has the row of
-# the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
-THESIS = {  # a batch of 64 to 128
-    "beta": 0.1, "lr": 1e-7, "batch_size": 64, "micro_batch_size": 4, "epochs": 3.0,
-    "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "rmsprop", "max_grad_norm": 1.0,
-    "max_length": 2048, "max_prompt_length": 1024, "dataset": "tldr",
-    "source": "the MSc thesis at github.com/martimfasantos/MSc-Thesis",
-}  # fmt: skip
-SETTINGS = {
-    "tiny": {
-        "beta": 0.3, "lr": 2e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
-        "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
-        "max_length": 160, "max_prompt_length": 128, "dataset": "family", "source": "tuned here",
-    },
-    "gpt-j-6b": {  # TL;DR; 150 warm-up steps are a tenth of its epoch
-        "beta": 0.5, "lr": 1e-6, "batch_size": 64, "micro_batch_size": 8, "epochs": 1.0,
-        "schedule": "constant", "warmup_ratio": 0.1, "optimizer": "rmsprop", "max_grad_norm": 10.0,
-        "max_length": 512, "max_prompt_length": 256, "dataset": "tldr",
-        "source": "Rafailov et al. 2023, appendix B, and their code",
-    },
+
+@dataclass
+class Args(common.Args):  # model, data, hardware and output flags: common.Args
+    beta: float = 0.1  # strength of the pull towards the reference model
+    label_smoothing: float = 0.0  # cDPO: assumed probability that a label is wrong, in [0, 0.5)
+    gamma: float = 0.0  # DPO-gamma: target margin between the two rewards
+    ref_model: str | None = None  # reference model, or an average a+b of two; default: the policy before its first step
+    soup_weight: float = 0.5  # weight of a in a+b
+    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"  # how a ranked list becomes pairs
+    lr: float = 1e-6  # peak learning rate
+    batch_size: int = 64  # pairs per optimizer step, over all processes
+    max_length: int = 512  # tokens of prompt and response together
+    max_prompt_length: int = 256  # tokens kept of the prompt if the row is too long
+
+
+# What differs from the defaults, by model (or the model that a checkpoint was trained from).
+THESIS = dict(  # github.com/martimfasantos/MSc-Thesis; micro-batches are ours
+    lr=1e-7, epochs=3.0, schedule="cosine", optimizer="rmsprop", micro_batch_size=4, max_length=2048, dataset="tldr",
+)  # fmt: skip
+PRESETS = {
+    "tiny": dict(  # tuned here
+        beta=0.3, lr=2e-4, batch_size=16, micro_batch_size=16, max_steps=300, warmup_ratio=0.05,
+        max_length=160, max_prompt_length=128, dataset="family",
+    ),
+    "gpt-j-6b": dict(  # appendix B and the authors' code; 0.1 of the epoch is their 150 warm-up steps
+        beta=0.5, schedule="constant", optimizer="rmsprop", max_grad_norm=10.0, dataset="tldr",
+    ),
     "gemma-2-2b": THESIS, "tinyllama": THESIS, "eurollm-1.7b": THESIS,
 }  # fmt: skip
-
-
-# fmt: off
-@dataclass
-class Args:
-    # DPO
-    beta: float | None = None  # strength of the pull to the reference, per nat; default: the model's row in SETTINGS
-    label_smoothing: float = 0.0  # cDPO: the probability that a label is wrong, in [0, 0.5)
-    gamma: float = 0.0  # DPO-gamma: target margin between the two rewards, 0 or more
-    # The reference
-    ref_model: str | None = None  # reference model, or a soup a+b of two; default: the policy before its first step
-    soup_weight: float = 0.5  # weight of the first model of a soup, in [0, 1]
-    # Model and data
-    model: str = "tiny"  # tiny, a short name (gemma-2-2b, ...), a Hugging Face id, or a folder such as runs/sft
-    dataset: str | None = None  # family, a short name (tldr, ultrafeedback, hh, ...), a file or folder (.jsonl .json .parquet .csv), a hub id[:config][:split], or name=PATH for a copy; default: SETTINGS
-    eval_dataset: str | None = None  # held-out rows; default: the dataset's own test split, else a twentieth of it
-    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"  # how a ranked list becomes pairs
-    skip_bad_rows: bool = False  # go on without rows that cannot be used, instead of stopping
-    max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
-    max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
-    # Optimization
-    batch_size: int | None = None  # rows (a prompt and its responses) per optimizer step, over all processes; default: SETTINGS
-    micro_batch_size: int | None = None  # rows per forward pass and process; default: the largest that fits SETTINGS
-    epochs: float | None = None  # passes over the rows; default: SETTINGS
-    max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
-    lr: float | None = None  # peak learning rate; default: SETTINGS
-    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] | None = None  # after the warm-up; default: SETTINGS
-    warmup_ratio: float | None = None  # share of the steps in which the learning rate rises from 0; default: SETTINGS
-    optimizer: Literal["adamw", "rmsprop"] | None = None  # default: SETTINGS
-    weight_decay: float = 0.0  # on matrices only
-    max_grad_norm: float | None = None  # gradients are scaled down to this norm; 0: never; default: SETTINGS
-    dtype: Literal["bfloat16", "float32", "float64"] | None = None  # to compute in; default: bfloat16 on GPUs that have it, else float32
-    attn: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"  # attention; auto: sdpa, or eager where sdpa would leave something out
-    share_prompt: bool = True  # the responses of a prompt stand behind one copy of it, where that costs less
-    fused_logps: bool = True  # log-probs through kernels/, which never hold the logits; off: the plain lines in common.py
-    fsdp: bool = False  # weights, gradients and optimizer state are spread over the processes
-    gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, one more forward pass
-    compile: bool = False  # torch.compile of the layers: the first steps take long, what the others gain is not measured yet
-    lora_rank: int | None = None  # train adapters of this rank beside the frozen linear layers (LoRA, alpha twice the rank); 0: train all weights; default: SETTINGS, else 0
-    # The run
-    output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults
-    resume: Literal["auto", "never"] = "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
-    eval_every: int = 100  # steps between evaluations on held-out rows; 0: only at the start and the end
-    sample_every: int = 0  # steps between greedy samples on fixed prompts; 0: only at the start and the end
-    save_every: int = 100  # steps between checkpoints; 0: only at the end
-    keep_last: int = 1  # checkpoints kept
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens, samples and log-probs of a reference are kept for the next run; default: runs/.cache
-    track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
-    seed: int = 0  # of the order of rows, and of whatever is sampled
-    deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
-# fmt: on
 
 
 def dpo_loss(
@@ -126,7 +83,7 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Equation 7. Returns one loss per pair, and what to plot (one value per pair)."""
+    """Equation 7. Returns one loss per pair, and metrics (one value per pair)."""
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)  # (B,)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)  # (B,)
     margins = chosen_rewards - rejected_rewards  # (B,)
@@ -146,52 +103,43 @@ def dpo_loss(
 
 
 def main(args: Args) -> None:
-    run = common.start(args, SETTINGS, __file__)
-    if not args.beta > 0 or not 0 <= args.label_smoothing < 0.5 or not args.gamma >= 0:
-        raise common.UserError(
-            "--beta must be positive, --label-smoothing in [0, 0.5), --gamma 0 or more"
-        )
-    common.check_reference(args.ref_model, args.soup_weight)
+    if not args.beta > 0 or not args.label_smoothing < 0.5:
+        raise common.UserError("--beta must be positive, --label-smoothing in [0, 0.5)")
+    run = common.Run(args)
     tokenizer = common.load_tokenizer(args.model, args.max_length)
-    train, held_out = common.load_rows(
-        args.dataset, args.eval_dataset, "pair", tokenizer, args.max_length,
-        args.max_prompt_length, args.pairs, args.skip_bad_rows, cache_dir=args.cache_dir,
-    )  # fmt: skip
+    train, held_out = common.load_rows(args, tokenizer, kind="pair")
     run.plan(train)
-    policy = common.load_policy(
-        args.model, args.dtype, run, args.attn, args.share_prompt, args.fused_logps,
-        args.fsdp, args.gradient_checkpointing, args.compile, args.lora_rank,
-    )  # fmt: skip
-    common.warn_if_not_fine_tuned(policy, tokenizer)
-    common.add_reference_logps(
-        run, train, held_out, policy, args.ref_model, args.soup_weight, args.cache_dir
-    )
-    optimizer = common.make_optimizer(policy, args.optimizer, args.lr, args.weight_decay)
-    run.restore(policy, optimizer)
+    policy = common.load_policy(args, run)
+    common.add_reference_logps(policy, args, run, train, held_out)  # before any update
+    optimizer, scheduler = common.make_optimizer(policy, args, run)
+    run.restore(policy, optimizer, scheduler)
 
-    # For training and for evaluation.
-    def losses_of(micro: common.Micro) -> tuple[Tensor, dict[str, Tensor]]:
-        logps, lengths = common.response_logps(policy, micro)  # (B, 2), (B, 2)
-        ref_logps = micro.ref_logps.to(logps.dtype)  # (B, 2)
+    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logps = common.response_logps(policy, batch)  # (B, 2): chosen, rejected
+        ref_logps = batch.ref_logps.to(logps.dtype)  # (B, 2)
         losses, metrics = dpo_loss(
             *logps.unbind(1), *ref_logps.unbind(1), args.beta, args.label_smoothing, args.gamma
         )
-        metrics |= {"length/chosen": lengths[:, 0], "length/rejected": lengths[:, 1]}
+        metrics |= {"length/chosen": batch.lengths[:, 0], "length/rejected": batch.lengths[:, 1]}
         return losses, metrics
 
-    for batch in run.batches(train):  # from where the run stands
+    for step in run.steps(train):  # continues from the last checkpoint
         if run.evaluation_due:
-            run.evaluate(losses_of, held_out, policy, tokenizer)
-        for micro in batch:
-            losses, metrics = losses_of(micro)
-            # Divided by the whole step's count, over all processes.
-            (losses.sum() / batch.prompts).backward()
-            run.add(metrics)
-        # Sums gradients over processes, clips, steps, logs, saves when due.
-        run.update(policy, optimizer)
-    run.evaluate(losses_of, held_out, policy, tokenizer)
+            run.evaluate(losses_of, held_out, tokenizer)
+        for batch in step.micro_batches:
+            losses, metrics = losses_of(batch)
+            (losses.sum() / step.num_rows).backward()  # num_rows: over all processes
+            run.record(metrics)
+        common.sum_gradients(policy)  # a sum, not a mean: the loss is already divided
+        grad_norm = common.clip_gradients(policy, args.max_grad_norm)
+        if grad_norm.isfinite():  # the same on every process
+            optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        run.end_step(grad_norm)  # logs; saves when it is due
+    run.evaluate(losses_of, held_out, tokenizer)
     run.finish(policy, tokenizer)
 
 
 if __name__ == "__main__":
-    main(common.command_line(Args, __doc__))
+    main(common.parse(Args, PRESETS, __doc__))

@@ -1,35 +1,34 @@
-"""Listwise DPO: the Plackett-Luce form of DPO. Rafailov et al.; 2023; arXiv 2305.18290, appendix A.3. Here also as the method
-that a thesis (github.com/martimfasantos/MSc-Thesis) proposes: DPO's reward in PRO's chain of choices.
+"""Listwise DPO: the Plackett-Luce form of DPO. Rafailov et al.; 2023; arXiv 2305.18290, appendix A.3. Also the method that the
+thesis at github.com/martimfasantos/MSc-Thesis proposes: DPO's reward in PRO's chain of choices.
 
     L = - E_(x, y_1 > ... > y_K) [ sum over k < K of log( exp(u_k) / sum over i >= k of exp(u_i) ) ]
     u_k = beta log pi(y_k|x)/ref(y_k|x)
 
-DPO takes a pair as one choice between two answers. A ranked list is several choices: the best of all, then the best of
-what is left, and so on. With the same implicit reward the likelihood of the whole ranking is a product of softmaxes; for
-K = 2 it is DPO. Lists tell more than their best and worst do, for the price of K answers behind one prompt.
+DPO treats a pair as one choice between two answers. A ranking of K answers is a sequence of choices: the best of all, then the
+best of the rest, and so on. With the same implicit reward, the likelihood of the ranking is a product of softmaxes; for K = 2 it
+is DPO. A list contains more information than its best and worst answer, and all K answers share one prompt.
 
-    paper                    here
-    x, y_1 ... y_K           a row: the prompt and its responses, sorted best first by their scores; lists may differ in length
+    paper                    code
+    x, y_1 ... y_K           a row: the prompt and its responses, sorted by score, best first; lists may differ in length
     log pi(y|x), log ref     logps, ref_logps: sums over response tokens, end-of-sequence included
     u_k                      rewards
-    the ranking              scores: only their order counts; NaN where a list is shorter than the longest one beside it
+    the ranking              scores: only their order matters; NaN past the end of a shorter list
     E                        mean over the lists of a step, on all processes; the sum over k is a sum
 
-Options and departures
-1. The thesis prints this loss (its equation 20) with u_1 in every numerator: each choice compares later answers with the
-   best one. Its own derivation, and Plackett-Luce, have u_k, the answer chosen at that step; so has this file.
-2. Ties: answers with equal scores are not compared; each is compared with those below it. (Plackett-Luce knows no ties;
-   to choose between equals at random would teach noise.)
-3. A list of K has K - 1 terms, so long lists weigh more and the loss grows with K. Nothing is published for lists: the
-   settings of real models are those of the thesis for DPO on pairs, but for the data set, which has lists (translations:
-   fine-tune on such first, or give your own --dataset).
-4. The reference is asked once, before the first step, for the log-probs that the run will use: the same numbers as with
-   two models in memory, and one forward pass in the loop instead of two.
+Departures
+1. The thesis prints this loss (its equation 20) with u_1 in every numerator: each choice compares later answers with the best
+   one. Its own derivation and Plackett-Luce have u_k, the answer chosen at that step, and so does this file.
+2. Ties: answers with equal scores are not compared with each other, only with those below. (Plackett-Luce has no ties; a random
+   order would add noise.)
+3. A list of K has K - 1 terms, so the loss grows with K and long lists weigh more.
+4. No settings are published for lists. The defaults are the thesis' for DPO on pairs, except for the data set alma-r, which has
+   lists of translations: fine-tune on translations first, or give another --dataset.
+5. The reference log-probs are computed once, before the first step, as in dpo.py.
 
 Healthy: the loss starts at the sum over k of log(1 + answers below the k-th): log 4 + log 3 + log 2 = 3.18 for four without
-ties (`tiny`, lists of two to four: 2.17). rewards/accuracies (the share of a list's ordered pairs in the right order)
-rises from 0 (no margin yet) to 0.6-0.8. logps/chosen usually falls too, less than logps/rejected. Falling greedy quality or
-growing length with a loss near 0 is over-optimisation: raise beta, lower --lr.
+ties (`tiny`, lists of two to four: 2.17). rewards/accuracies (share of a list's ordered pairs in the right order) rises from 0
+(all margins are 0) to 0.6-0.8. logps/chosen usually falls too, but less than logps/rejected. If greedy quality falls or length
+grows while the loss goes to 0, the policy over-optimises: raise beta or lower --lr.
 
     python listwise_dpo.py                                                  # the embedded task, on a laptop
     torchrun --nproc_per_node=4 listwise_dpo.py --model runs/sft-model-gemma-2-2b  # after sft.py --model gemma-2-2b
@@ -47,88 +46,50 @@ from torch import Tensor
 
 import common
 
-# What a flag that was left out becomes, and where the numbers are from (micro-batches are ours): by
-# the last part of the model's name, in small letters; a folder that a run of ours saved has the row of
-# the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
-THESIS = {  # a batch of 64 to 128
-    "beta": 0.1, "lr": 1e-7, "batch_size": 64, "micro_batch_size": 2, "epochs": 3.0,
-    "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "rmsprop", "max_grad_norm": 1.0,
-    "max_length": 2048, "max_prompt_length": 1024, "dataset": "alma-r",
-    "source": "for DPO on pairs, the MSc thesis at github.com/martimfasantos/MSc-Thesis; nothing for lists",
-}  # fmt: skip
-SETTINGS = {
-    "tiny": {
-        "beta": 0.2, "lr": 3e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
-        "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
-        "max_length": 160, "max_prompt_length": 128, "dataset": "family", "source": "tuned here",
-    },
-    "gemma-2-2b": THESIS, "tinyllama": THESIS, "eurollm-1.7b": THESIS,
-}  # fmt: skip
 
-
-# fmt: off
 @dataclass
-class Args:
-    # Listwise DPO
-    beta: float | None = None  # strength of the pull to the reference, per nat; default: the model's row in SETTINGS
-    # The reference
-    ref_model: str | None = None  # reference model, or a soup a+b of two; default: the policy before its first step
-    soup_weight: float = 0.5  # weight of the first model of a soup, in [0, 1]
-    # Model and data
-    model: str = "tiny"  # tiny, a short name (gemma-2-2b, ...), a Hugging Face id, or a folder such as runs/sft
-    dataset: str | None = None  # family, a short name (tldr, ultrafeedback, hh, ...), a file or folder (.jsonl .json .parquet .csv), a hub id[:config][:split], or name=PATH for a copy; default: SETTINGS
-    eval_dataset: str | None = None  # held-out rows; default: the dataset's own test split, else a twentieth of it
-    skip_bad_rows: bool = False  # go on without rows that cannot be used, instead of stopping
-    max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
-    max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
-    # Optimization
-    batch_size: int | None = None  # rows (a prompt and its responses) per optimizer step, over all processes; default: SETTINGS
-    micro_batch_size: int | None = None  # rows per forward pass and process; default: the largest that fits SETTINGS
-    epochs: float | None = None  # passes over the rows; default: SETTINGS
-    max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
-    lr: float | None = None  # peak learning rate; default: SETTINGS
-    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] | None = None  # after the warm-up; default: SETTINGS
-    warmup_ratio: float | None = None  # share of the steps in which the learning rate rises from 0; default: SETTINGS
-    optimizer: Literal["adamw", "rmsprop"] | None = None  # default: SETTINGS
-    weight_decay: float = 0.0  # on matrices only
-    max_grad_norm: float | None = None  # gradients are scaled down to this norm; 0: never; default: SETTINGS
-    dtype: Literal["bfloat16", "float32", "float64"] | None = None  # to compute in; default: bfloat16 on GPUs that have it, else float32
-    attn: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"  # attention; auto: sdpa, or eager where sdpa would leave something out
-    share_prompt: bool = True  # the responses of a prompt stand behind one copy of it, where that costs less
-    fused_logps: bool = True  # log-probs through kernels/, which never hold the logits; off: the plain lines in common.py
-    fsdp: bool = False  # weights, gradients and optimizer state are spread over the processes
-    gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, one more forward pass
-    compile: bool = False  # torch.compile of the layers: the first steps take long, what the others gain is not measured yet
-    lora_rank: int | None = None  # train adapters of this rank beside the frozen linear layers (LoRA, alpha twice the rank); 0: train all weights; default: SETTINGS, else 0
-    # The run
-    output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults
-    resume: Literal["auto", "never"] = "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
-    eval_every: int = 100  # steps between evaluations on held-out rows; 0: only at the start and the end
-    sample_every: int = 0  # steps between greedy samples on fixed prompts; 0: only at the start and the end
-    save_every: int = 100  # steps between checkpoints; 0: only at the end
-    keep_last: int = 1  # checkpoints kept
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens, samples and log-probs of a reference are kept for the next run; default: runs/.cache
-    track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
-    seed: int = 0  # of the order of rows, and of whatever is sampled
-    deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
-# fmt: on
+class Args(common.Args):  # defaults: the thesis'; model, data, hardware and output: common.Args
+    beta: float = 0.1  # strength of the pull towards the reference, per nat
+    ref_model: str | None = None  # reference model, or an average a+b; default: the starting policy
+    soup_weight: float = 0.5  # weight of a in a+b
+    max_length: int = 2048  # tokens of prompt and response together
+    max_prompt_length: int = 256  # tokens kept of the prompt if the row is too long
+    lr: float = 1e-7  # peak learning rate
+    batch_size: int = 64  # lists per optimizer step, over all processes
+    micro_batch_size: int = 2  # lists per forward pass and process; lowered to divide the batch
+    epochs: float = 3.0  # passes over the lists
+    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = "cosine"  # after warm-up
+    optimizer: Literal["adamw", "rmsprop"] = "rmsprop"  # see PRESETS about the thesis' code
+
+
+# What differs from the defaults, by model (or the model that a checkpoint was trained from). The
+# defaults: github.com/martimfasantos/MSc-Thesis (full fine-tuning, a batch of 64 to 128). Its text
+# says RMSProp; its code runs AdamW with weight decay 0.05 and 150 warm-up steps.
+PRESETS = {
+    "tiny": dict(  # tuned here
+        beta=0.2, lr=3e-4, batch_size=16, micro_batch_size=16, max_steps=300, schedule="linear",
+        warmup_ratio=0.05, optimizer="adamw", max_length=160, max_prompt_length=128,
+        dataset="family",
+    ),
+    "gemma-2-2b": dict(dataset="alma-r"),  # the thesis
+    "tinyllama": dict(dataset="alma-r"),
+    "eurollm-1.7b": dict(dataset="alma-r"),
+}  # fmt: skip
 
 
 def listwise_dpo_loss(
     logps: Tensor,  # (B, K) log pi(y_k | x), summed over response tokens
     ref_logps: Tensor,  # (B, K) the same under the frozen reference
-    scores: Tensor,  # (B, K) higher is better, best first; NaN: the list is shorter
+    scores: Tensor,  # (B, K) best first; NaN past the end of a shorter list
     beta: float,
 ) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
-    """Plackett-Luce. Returns one loss per list, and what to plot: (values, weights) is a weighted mean."""
+    """Plackett-Luce. Returns one loss per list, and the metrics: values, or (values, weights)."""
     rewards = beta * (logps - ref_logps)  # (B, K) u_k
-    # r_i < r_k; never so where a score is NaN.
-    worse = scores[:, :, None] > scores[:, None, :]  # (B, K, K)
+    worse = scores[:, :, None] > scores[:, None, :]  # (B, K, K) r_i < r_k; false where NaN
     margins = rewards[:, :, None] - rewards[:, None, :]  # (B, K, K) u_k - u_i
     # -log of the k-th softmax: logsumexp over k itself (0) and all that are worse (u_i - u_k).
     ahead = (-margins).masked_fill(~worse, -torch.inf)
-    losses = torch.logsumexp(F.pad(ahead, (1, 0)), -1).sum(-1)  # (B,) 0 where nothing is worse
+    losses = torch.logsumexp(F.pad(ahead, (1, 0)), -1).sum(-1)  # (B,) a term is 0 if none is worse
     last = (~scores.isnan()).sum(-1, keepdim=True) - 1  # (B, 1) the worst answer of each list
     metrics = {
         "loss": losses,
@@ -143,48 +104,42 @@ def listwise_dpo_loss(
 
 
 def main(args: Args) -> None:
-    run = common.start(args, SETTINGS, __file__)
     if not args.beta > 0:
         raise common.UserError("--beta must be positive")
-    common.check_reference(args.ref_model, args.soup_weight)
+    run = common.Run(args)
     tokenizer = common.load_tokenizer(args.model, args.max_length)
-    train, held_out = common.load_rows(
-        args.dataset, args.eval_dataset, "ranked", tokenizer, args.max_length,
-        args.max_prompt_length, skip_bad_rows=args.skip_bad_rows, cache_dir=args.cache_dir,
-    )  # fmt: skip
+    train, held_out = common.load_rows(args, tokenizer, kind="ranked")
     run.plan(train)
-    policy = common.load_policy(
-        args.model, args.dtype, run, args.attn, args.share_prompt, args.fused_logps,
-        args.fsdp, args.gradient_checkpointing, args.compile, args.lora_rank,
-    )  # fmt: skip
-    common.warn_if_not_fine_tuned(policy, tokenizer)
-    common.add_reference_logps(
-        run, train, held_out, policy, args.ref_model, args.soup_weight, args.cache_dir
-    )
-    optimizer = common.make_optimizer(policy, args.optimizer, args.lr, args.weight_decay)
-    run.restore(policy, optimizer)
+    policy = common.load_policy(args, run)
+    common.add_reference_logps(policy, args, run, train, held_out)  # before any update
+    optimizer, scheduler = common.make_optimizer(policy, args, run)
+    run.restore(policy, optimizer, scheduler)
 
-    # For training and for evaluation.
-    def losses_of(micro: common.Micro) -> tuple[Tensor, dict[str, Tensor]]:
-        logps, lengths = common.response_logps(policy, micro)  # (B, K), (B, K)
-        ref_logps = micro.ref_logps.to(logps.dtype)  # (B, K)
-        losses, metrics = listwise_dpo_loss(logps, ref_logps, micro.scores, args.beta)
-        metrics |= {"length/chosen": lengths[:, 0], "length/response": (lengths, lengths > 0)}
+    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logps = common.response_logps(policy, batch)  # (B, K)
+        ref_logps = batch.ref_logps.to(logps.dtype)  # (B, K)
+        losses, metrics = listwise_dpo_loss(logps, ref_logps, batch.scores, args.beta)
+        metrics |= {"length/chosen": batch.lengths[:, 0]}
+        metrics |= {"length/response": (batch.lengths, batch.lengths > 0)}
         return losses, metrics
 
-    for batch in run.batches(train):  # from where the run stands
+    for step in run.steps(train):  # continues from the last checkpoint
         if run.evaluation_due:
-            run.evaluate(losses_of, held_out, policy, tokenizer)
-        for micro in batch:
-            losses, metrics = losses_of(micro)
-            # Divided by the whole step's count, over all processes.
-            (losses.sum() / batch.prompts).backward()
-            run.add(metrics)
-        # Sums gradients over processes, clips, steps, logs, saves when due.
-        run.update(policy, optimizer)
-    run.evaluate(losses_of, held_out, policy, tokenizer)
+            run.evaluate(losses_of, held_out, tokenizer)
+        for batch in step.micro_batches:
+            losses, metrics = losses_of(batch)
+            (losses.sum() / step.num_rows).backward()  # num_rows: over all processes
+            run.record(metrics)
+        common.sum_gradients(policy)  # a sum, not a mean: the loss is already divided
+        grad_norm = common.clip_gradients(policy, args.max_grad_norm)
+        if grad_norm.isfinite():  # the same on every process
+            optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        run.end_step(grad_norm)  # logs; saves when it is due
+    run.evaluate(losses_of, held_out, tokenizer)
     run.finish(policy, tokenizer)
 
 
 if __name__ == "__main__":
-    main(common.command_line(Args, __doc__))
+    main(common.parse(Args, PRESETS, __doc__))

@@ -1,23 +1,23 @@
-"""SFT: supervised fine-tuning on demonstrations, what preference learning starts from.
+"""SFT: supervised fine-tuning on demonstrations, the starting point of preference learning.
 
     L = - (1/N) sum over target tokens  log pi(token | everything before it),     N: target tokens of the whole step
 
-Targets are the tokens of the response, end-of-sequence included; the prompt is read but not learnt. N is counted over
-all micro-batches and processes: a mean of micro-batch means would give a short response's tokens more weight
+The targets are the tokens of the response, end-of-sequence included; the prompt is only read. N is counted over all
+micro-batches and processes: a mean of micro-batch means would give the tokens of short responses more weight
 (Hugging Face TRL, issue 2175).
 
-    paper                    here
-    log pi(token | ...)      response_logps sums it over a response
-    N                        batch.response_tokens
+    paper                    code
+    log pi(token | ...)      response_logps has its sum over a response
+    N                        step.num_response_tokens
 
-Options and departures
-1. --train-on-prompt counts the prompt's tokens as targets too (all but the first), as the TL;DR models of Huang et al.
-   2024 (arXiv 2403.17031) do. `tiny` needs it: names recur all over a description, which teaches to look them up.
-2. In a dialogue (`messages`) the last answer is the response, all before it the prompt.
+Options
+1. --train-on-prompt makes the prompt's tokens targets too (all but the first), like the TL;DR models of Huang et al. 2024 (arXiv
+   2403.17031). `tiny` needs it: names recur throughout a description, which teaches the model to look them up.
+2. In a dialogue (`messages`) the last answer is the response, and everything before it is the prompt.
 
-Healthy: the loss falls fast, then slowly; held-out rows a little above; below 0.5 on real text is memory, not skill.
+Healthy: the loss falls fast, then slowly, with held-out rows slightly above. Below 0.5 on real text the model memorises.
 
-    python sft.py                                                           # makes `tiny` again from random weights
+    python sft.py                                                           # trains `tiny` again from random weights
     torchrun --nproc_per_node=4 sft.py --model gemma-2-2b                   # a base model, on 4 GPUs
     python sft.py --model gemma-2-2b --dataset rows.jsonl                   # {"prompt", "completion"}
 
@@ -31,84 +31,46 @@ from torch import Tensor
 
 import common
 
-# What a flag that was left out becomes, and where the numbers are from (micro-batches are ours): by
-# the last part of the model's name, in small letters; a folder that a run of ours saved has the row of
-# the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
-THESIS = {  # 32 of "1 a device, 16 to 32 times"
-    "train_on_prompt": False, "lr": 1e-5, "batch_size": 32, "micro_batch_size": 4, "epochs": 1.0,
-    "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "adamw", "max_grad_norm": 1.0,
-    "max_length": 2048, "max_prompt_length": 1024, "dataset": "tldr",
-    "source": "the MSc thesis at github.com/martimfasantos/MSc-Thesis",
-}  # fmt: skip
-SETTINGS = {
-    "tiny": {
-        "train_on_prompt": True, "lr": 2e-3, "batch_size": 16, "micro_batch_size": 16, "epochs": 3.0,
-        "schedule": "cosine", "warmup_ratio": 0.02, "optimizer": "adamw", "max_grad_norm": 1.0,
-        "max_length": 320, "max_prompt_length": 240, "dataset": "family", "source": "tuned here",
-    },
-    "pythia-1b": {
-        "train_on_prompt": True, "lr": 3e-6, "batch_size": 128, "micro_batch_size": 8, "epochs": 1.0,
-        "schedule": "cosine", "warmup_ratio": 0.0, "optimizer": "adamw", "max_grad_norm": 1.0,
-        "max_length": 565, "max_prompt_length": 512, "dataset": "tldr",
-        "source": "Huang et al. 2024, arXiv 2403.17031",
-    },
-    "gemma-2-2b": THESIS, "tinyllama": THESIS, "eurollm-1.7b": THESIS,
-}  # fmt: skip
 
-
-# fmt: off
 @dataclass
-class Args:
-    # SFT
-    train_on_prompt: bool | None = None  # the prompt's tokens are targets too; default: the model's row in SETTINGS
-    # Model and data
-    model: str = "tiny-untrained"  # tiny-untrained, a short name (gemma-2-2b, ...), a Hugging Face id, or a folder
-    dataset: str | None = None  # family, a short name (tldr, ultrafeedback, hh, ...), a file or folder (.jsonl .json .parquet .csv), a hub id[:config][:split], or name=PATH for a copy; default: SETTINGS
-    eval_dataset: str | None = None  # held-out rows; default: the dataset's own test split, else a twentieth of it
-    skip_bad_rows: bool = False  # go on without rows that cannot be used, instead of stopping
-    max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
-    max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
-    # Optimization
-    batch_size: int | None = None  # rows (a prompt and its responses) per optimizer step, over all processes; default: SETTINGS
-    micro_batch_size: int | None = None  # rows per forward pass and process; default: the largest that fits SETTINGS
-    epochs: float | None = None  # passes over the rows; default: SETTINGS
-    max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
-    lr: float | None = None  # peak learning rate; default: SETTINGS
-    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] | None = None  # after the warm-up; default: SETTINGS
-    warmup_ratio: float | None = None  # share of the steps in which the learning rate rises from 0; default: SETTINGS
-    optimizer: Literal["adamw", "rmsprop"] | None = None  # default: SETTINGS
-    weight_decay: float = 0.0  # on matrices only
-    max_grad_norm: float | None = None  # gradients are scaled down to this norm; 0: never; default: SETTINGS
-    dtype: Literal["bfloat16", "float32", "float64"] | None = None  # to compute in; default: bfloat16 on GPUs that have it, else float32
-    attn: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"  # attention; auto: sdpa, or eager where sdpa would leave something out
-    fused_logps: bool = True  # log-probs through kernels/, which never hold the logits; off: the plain lines in common.py
-    fsdp: bool = False  # weights, gradients and optimizer state are spread over the processes
-    gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, one more forward pass
-    compile: bool = False  # torch.compile of the layers: the first steps take long, what the others gain is not measured yet
-    lora_rank: int | None = None  # train adapters of this rank beside the frozen linear layers (LoRA, alpha twice the rank); 0: train all weights; default: SETTINGS, else 0
-    # The run
-    output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults
-    resume: Literal["auto", "never"] = "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
-    eval_every: int = 100  # steps between evaluations on held-out rows; 0: only at the start and the end
-    sample_every: int = 0  # steps between greedy samples on fixed prompts; 0: only at the start and the end
-    save_every: int = 100  # steps between checkpoints; 0: only at the end
-    keep_last: int = 1  # checkpoints kept
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens, samples and log-probs of a reference are kept for the next run; default: runs/.cache
-    track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
-    seed: int = 0  # of the order of rows, and of whatever is sampled
-    deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
-# fmt: on
+class Args(common.Args):  # defaults: the thesis'; data, hardware and output: common.Args
+    model: str = "tiny-untrained"  # tiny-untrained, a short name, a Hugging Face id, or a folder
+    train_on_prompt: bool = False  # the prompt's tokens are targets too
+    max_length: int = 2048  # tokens of prompt and response together
+    max_prompt_length: int = 1024  # tokens kept of the prompt if the row is too long
+    lr: float = 1e-5  # peak learning rate
+    batch_size: int = 32  # demonstrations per optimizer step, over all processes
+    micro_batch_size: int = (
+        4  # demonstrations per forward pass and process; lowered to divide the batch
+    )
+    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = "cosine"  # after warm-up
+
+
+# What differs from the defaults, by model (or the model that a checkpoint was trained from). The
+# defaults: github.com/martimfasantos/MSc-Thesis (per GPU 1 row, 16 to 32 steps of accumulation).
+PRESETS = {
+    "tiny": dict(  # tuned here
+        train_on_prompt=True, lr=2e-3, batch_size=16, micro_batch_size=16, epochs=3.0,
+        warmup_ratio=0.02, max_length=320, max_prompt_length=240, dataset="family",
+    ),
+    "pythia-1b": dict(  # Huang et al. 2024, arXiv 2403.17031
+        train_on_prompt=True, lr=3e-6, batch_size=128, micro_batch_size=8, warmup_ratio=0.0,
+        max_length=565, max_prompt_length=512, dataset="tldr",
+    ),
+    "gemma-2-2b": dict(dataset="tldr"),  # the thesis
+    "tinyllama": dict(dataset="tldr"),
+    "eurollm-1.7b": dict(dataset="tldr"),
+}  # fmt: skip
 
 
 def sft_loss(
     response_logps: Tensor,  # (B,) log pi(y | x), summed over response tokens
-    response_lengths: Tensor,  # (B,) how many tokens that were
+    response_lengths: Tensor,  # (B,) number of response tokens
 ) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
-    """One sum of negative log-probs per demonstration, and what to plot: (values, weights) is a weighted mean."""
-    losses = -response_logps  # (B,) nats a response
+    """Returns one loss per demonstration, a sum, and the metrics: values, or (values, weights)."""
+    losses = -response_logps  # (B,) nats per response
     metrics = {
-        "loss": (losses, response_lengths),  # nats a token
+        "loss": (losses, response_lengths),  # nats per token
         "logps/response": response_logps,
         "length/response": response_lengths,
     }
@@ -116,39 +78,37 @@ def sft_loss(
 
 
 def main(args: Args) -> None:
-    run = common.start(args, SETTINGS, __file__)
+    run = common.Run(args)
     tokenizer = common.load_tokenizer(args.model, args.max_length)
     train, held_out = common.load_rows(
-        args.dataset, args.eval_dataset, "demonstration", tokenizer, args.max_length,
-        args.max_prompt_length, skip_bad_rows=args.skip_bad_rows, prompt_too=args.train_on_prompt,
-        cache_dir=args.cache_dir,
-    )  # fmt: skip
+        args, tokenizer, kind="demonstration", whole_text=args.train_on_prompt
+    )
     run.plan(train)
-    policy = common.load_policy(
-        args.model, args.dtype, run, args.attn, False, args.fused_logps,
-        args.fsdp, args.gradient_checkpointing, args.compile, args.lora_rank,
-    )  # fmt: skip
-    optimizer = common.make_optimizer(policy, args.optimizer, args.lr, args.weight_decay)
-    run.restore(policy, optimizer)
+    policy = common.load_policy(args, run)
+    optimizer, scheduler = common.make_optimizer(policy, args, run)
+    run.restore(policy, optimizer, scheduler)
 
-    # For training and for evaluation.
-    def losses_of(micro: common.Micro) -> tuple[Tensor, dict[str, Tensor]]:
-        logps, lengths = common.response_logps(policy, micro)  # (B, 1), (B, 1)
-        return sft_loss(logps[:, 0], lengths[:, 0])
+    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logps = common.response_logps(policy, batch)  # (B, 1)
+        return sft_loss(logps[:, 0], batch.lengths[:, 0])
 
-    for batch in run.batches(train):  # from where the run stands
+    for step in run.steps(train):  # continues from the last checkpoint
         if run.evaluation_due:
-            run.evaluate(losses_of, held_out, policy, tokenizer)
-        for micro in batch:
-            losses, metrics = losses_of(micro)
-            # Divided by the whole step's count, over all processes.
-            (losses.sum() / batch.response_tokens).backward()
-            run.add(metrics)
-        # Sums gradients over processes, clips, steps, logs, saves when due.
-        run.update(policy, optimizer)
-    run.evaluate(losses_of, held_out, policy, tokenizer)
+            run.evaluate(losses_of, held_out, tokenizer)
+        for batch in step.micro_batches:
+            losses, metrics = losses_of(batch)
+            (losses.sum() / step.num_response_tokens).backward()  # over all processes
+            run.record(metrics)
+        common.sum_gradients(policy)  # a sum, not a mean: the loss is already divided
+        grad_norm = common.clip_gradients(policy, args.max_grad_norm)
+        if grad_norm.isfinite():  # the same on every process
+            optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        run.end_step(grad_norm)  # logs; saves when it is due
+    run.evaluate(losses_of, held_out, tokenizer)
     run.finish(policy, tokenizer)
 
 
 if __name__ == "__main__":
-    main(common.command_line(Args, __doc__))
+    main(common.parse(Args, PRESETS, __doc__))

@@ -2,32 +2,30 @@
 
     L = - E_(x, y_w, y_l) [ log sigmoid( beta/|y_w| log pi(y_w|x)  -  beta/|y_l| log pi(y_l|x)  -  gamma ) ]      (eq. 6)
 
-The reward is what length-normalised beam search ranks by: the mean log-prob of an answer's tokens, times beta. So there is
-no reference model, and a long answer gains nothing by its length alone. gamma is the margin asked for: there a pair's
-loss is ln 2 and its gradient half of the largest. It is given as in the authors' code, gamma = beta * --gamma-beta-ratio
-(2.0 * 0.5 = 1.0), so the ratio is in nats a token. TRL's simpo_gamma and dpo.py's --gamma are absolute: divide by beta.
+The reward is what length-normalised beam search ranks by: the mean log-prob of an answer's tokens, times beta. SimPO needs no
+reference model, and a long answer gains nothing by its length. gamma is the target margin, where a pair's gradient is half of the
+maximum. --gamma-beta-ratio is in nats per token, as in the authors' code; TRL's simpo_gamma and dpo.py's --gamma are absolute.
 
-    paper                    here
+    paper                    code
     x, y_w, y_l              a row: the prompt, its first response (chosen), its second (rejected)
-    log pi(y|x)              chosen_logps, rejected_logps: sums over response tokens, end-of-sequence included
-    |y_w|, |y_l|             chosen_lengths, rejected_lengths: the same tokens, counted
-    gamma                    beta * gamma_beta_ratio
+    log pi(y|x)              chosen_logps, rejected_logps: sums over response tokens, EOS included
+    |y_w|, |y_l|             chosen_lengths, rejected_lengths: the number of these tokens
+    gamma                    beta * gamma_beta_ratio: 2.0 * 0.5 = 1.0
     E                        mean over the pairs of a step, on all processes
 
 Options and departures
-1. --nll-weight (CPO-SimPO: github.com/fe1ixxu/CPO_SIMPO): plus the mean over the step's chosen tokens of
-   -log pi(token | everything before it). Theirs is --beta 10 --gamma-beta-ratio 0.54 --nll-weight 0.05.
-2. The authors' code counts the chat template's header of an answer as part of it; here it belongs to the prompt.
-3. The thesis took gamma 0.5 at beta 0.1: 5 nats a token, which few pairs reach, so all are pulled about equally, for ever.
-4. The rows of instruct models name sets that the authors sampled from the model itself. All their sets need a chat template.
+1. --nll-weight (CPO-SimPO: github.com/fe1ixxu/CPO_SIMPO) adds the mean NLL of the step's chosen tokens. Their setting is
+   --beta 10 --gamma-beta-ratio 0.54 --nll-weight 0.05.
+2. The authors' code counts the chat template's header of an answer as answer tokens. Here it belongs to the prompt.
+3. The thesis has gamma 0.5 at beta 0.1: 5 nats per token. Few pairs reach this, so all get about the same pull.
+4. The presets of instruct models use sets that the authors sampled from the model itself. All their sets need a chat template.
 
-Healthy: rewards/accuracies begins at the share of pairs that the model ranks right already and rises (`tiny`: 0.63 to 0.70),
-and so do the margins (0.9 to 2.1); logps/chosen usually falls too, less than logps/rejected. The learning rate is what
-matters: repetition or falling greedy quality means that it is too high.
+Healthy: rewards/accuracies starts at the share of pairs that the model already ranks correctly and rises (`tiny`: 0.63 to 0.70),
+as do margins (0.9 to 2.1). logps/chosen usually falls, less than logps/rejected. Repetition or worse greedy answers: lower --lr.
 
     python simpo.py                                                         # the embedded task, on a laptop
     torchrun --nproc_per_node=4 simpo.py --model runs/sft-model-gemma-2-2b  # after sft.py --model gemma-2-2b
-    python simpo.py --model runs/sft-... --dataset rows.jsonl               # {"prompt", "chosen", "rejected"}
+    python simpo.py --model runs/sft --dataset rows.jsonl                   # {"prompt", "chosen", "rejected"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
@@ -40,106 +38,61 @@ from torch import Tensor
 
 import common
 
-# What a flag that was left out becomes, and where the numbers are from (micro-batches are ours): by
-# the last part of the model's name, in small letters; a folder that a run of ours saved has the row of
-# the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
-THESIS = {  # a batch of 64 to 128; gamma 0.5
-    "beta": 0.1, "gamma_beta_ratio": 5.0, "lr": 1e-7, "batch_size": 64, "micro_batch_size": 4, "epochs": 3.0,
-    "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "rmsprop", "max_grad_norm": 1.0,
-    "max_length": 2048, "max_prompt_length": 1024, "dataset": "tldr",
-    "source": "the MSc thesis at github.com/martimfasantos/MSc-Thesis",
-}  # fmt: skip
-PAPER = {
-    "batch_size": 128, "micro_batch_size": 2, "epochs": 1.0,
-    "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "adamw", "max_grad_norm": 1.0,
-    "max_length": 2048, "max_prompt_length": 1800, "dataset": "ultrafeedback",
-    "source": "Meng et al. 2024 and their code, github.com/princeton-nlp/SimPO",
-}  # fmt: skip
-SETTINGS = {
-    "tiny": {
-        "beta": 2.0, "gamma_beta_ratio": 2.0, "lr": 4e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
-        "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
-        "max_length": 160, "max_prompt_length": 128, "dataset": "family", "source": "tuned here",
-    },
-    "llama-3-base-8b-sft": PAPER | {"beta": 2.0, "gamma_beta_ratio": 0.5, "lr": 6e-7},
-    "zephyr-7b-sft-full": PAPER | {"beta": 2.0, "gamma_beta_ratio": 0.8, "lr": 3e-7, "max_length": 1024, "max_prompt_length": 512},
-    "mistral-7b-instruct-v0.2": PAPER | {"beta": 2.5, "gamma_beta_ratio": 0.1, "lr": 5e-7, "dataset": "princeton-nlp/mistral-instruct-ultrafeedback"},
-    "meta-llama-3-8b-instruct": PAPER | {"beta": 2.5, "gamma_beta_ratio": 0.55, "lr": 1e-6, "dataset": "princeton-nlp/llama3-ultrafeedback"},
-    "gemma-2-9b-it": PAPER | {"beta": 10.0, "gamma_beta_ratio": 0.5, "lr": 8e-7, "dataset": "princeton-nlp/gemma2-ultrafeedback-armorm"},
+
+@dataclass
+class Args(common.Args):  # defaults: the paper's; model, data and hardware flags: common.Args
+    beta: float = 2.0  # factor on the mean log-probs
+    gamma_beta_ratio: float = 0.5  # target margin in nats per token: gamma / beta
+    nll_weight: float = 0.0  # CPO-SimPO: weight of the mean NLL of the chosen answers' tokens
+    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"  # how ranked lists become pairs
+    max_length: int = 2048  # tokens of prompt and response together
+    max_prompt_length: int = 1800  # tokens kept of the prompt if the row is too long
+    lr: float = 6e-7  # peak learning rate
+    batch_size: int = 128  # pairs per optimizer step, over all processes
+    micro_batch_size: int = 2  # pairs per forward pass and process; lowered to divide the batch
+    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = "cosine"  # after warm-up
+
+
+# What differs from the defaults, by model (or the model that a checkpoint was trained from).
+THESIS = dict(  # github.com/martimfasantos/MSc-Thesis; its text says RMSprop, its code runs AdamW (dpo.py, 4)
+    beta=0.1, gamma_beta_ratio=5.0, lr=1e-7, batch_size=64, micro_batch_size=4, epochs=3.0, optimizer="rmsprop",
+    max_prompt_length=256, dataset="tldr",
+)  # fmt: skip
+PRESETS = {
+    "tiny": dict(  # tuned here
+        gamma_beta_ratio=2.0, lr=4e-4, batch_size=16, micro_batch_size=16, max_steps=300, schedule="linear",
+        warmup_ratio=0.05, max_length=160, max_prompt_length=128, dataset="family",
+    ),
+    # github.com/princeton-nlp/SimPO
+    "llama-3-base-8b-sft": dict(dataset="ultrafeedback"),
+    "zephyr-7b-sft-full": dict(gamma_beta_ratio=0.8, lr=3e-7, max_length=1024, max_prompt_length=512, dataset="ultrafeedback"),
+    "mistral-7b-instruct-v0.2": dict(
+        beta=2.5, gamma_beta_ratio=0.1, lr=5e-7, dataset="princeton-nlp/mistral-instruct-ultrafeedback",
+    ),
+    "meta-llama-3-8b-instruct": dict(beta=2.5, gamma_beta_ratio=0.55, lr=1e-6, dataset="princeton-nlp/llama3-ultrafeedback"),
+    "gemma-2-9b-it": dict(beta=10.0, lr=8e-7, dataset="princeton-nlp/gemma2-ultrafeedback-armorm"),
     "gemma-2-2b": THESIS, "tinyllama": THESIS, "eurollm-1.7b": THESIS,
 }  # fmt: skip
-
-
-# fmt: off
-@dataclass
-class Args:
-    # SimPO
-    beta: float | None = None  # factor on the mean log-probs; default: the model's row in SETTINGS
-    gamma_beta_ratio: float | None = None  # target margin in nats a token, gamma / beta, 0 or more; default: SETTINGS
-    nll_weight: float = 0.0  # CPO-SimPO: weight of the mean NLL of the chosen answers' tokens, 0 or more
-    # Model and data
-    model: str = "tiny"  # tiny, a short name (gemma-2-2b, ...), a Hugging Face id, or a folder such as runs/sft
-    dataset: str | None = None  # family, a short name (tldr, ultrafeedback, hh, ...), a file or folder (.jsonl .json .parquet .csv), a hub id[:config][:split], or name=PATH for a copy; default: SETTINGS
-    eval_dataset: str | None = None  # held-out rows; default: the dataset's own test split, else a twentieth of it
-    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"  # how a ranked list becomes pairs
-    skip_bad_rows: bool = False  # go on without rows that cannot be used, instead of stopping
-    max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
-    max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
-    # Optimization
-    batch_size: int | None = None  # rows (a prompt and its responses) per optimizer step, over all processes; default: SETTINGS
-    micro_batch_size: int | None = None  # rows per forward pass and process; default: the largest that fits SETTINGS
-    epochs: float | None = None  # passes over the rows; default: SETTINGS
-    max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
-    lr: float | None = None  # peak learning rate; default: SETTINGS
-    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] | None = None  # after the warm-up; default: SETTINGS
-    warmup_ratio: float | None = None  # share of the steps in which the learning rate rises from 0; default: SETTINGS
-    optimizer: Literal["adamw", "rmsprop"] | None = None  # default: SETTINGS
-    weight_decay: float = 0.0  # on matrices only
-    max_grad_norm: float | None = None  # gradients are scaled down to this norm; 0: never; default: SETTINGS
-    dtype: Literal["bfloat16", "float32", "float64"] | None = None  # to compute in; default: bfloat16 on GPUs that have it, else float32
-    attn: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"  # attention; auto: sdpa, or eager where sdpa would leave something out
-    share_prompt: bool = True  # the responses of a prompt stand behind one copy of it, where that costs less
-    fused_logps: bool = True  # log-probs through kernels/, which never hold the logits; off: the plain lines in common.py
-    fsdp: bool = False  # weights, gradients and optimizer state are spread over the processes
-    gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, one more forward pass
-    compile: bool = False  # torch.compile of the layers: the first steps take long, what the others gain is not measured yet
-    lora_rank: int | None = None  # train adapters of this rank beside the frozen linear layers (LoRA, alpha twice the rank); 0: train all weights; default: SETTINGS, else 0
-    # The run
-    output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults
-    resume: Literal["auto", "never"] = "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
-    eval_every: int = 100  # steps between evaluations on held-out rows; 0: only at the start and the end
-    sample_every: int = 0  # steps between greedy samples on fixed prompts; 0: only at the start and the end
-    save_every: int = 100  # steps between checkpoints; 0: only at the end
-    keep_last: int = 1  # checkpoints kept
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens, samples and log-probs of a reference are kept for the next run; default: runs/.cache
-    track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
-    seed: int = 0  # of the order of rows, and of whatever is sampled
-    deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
-# fmt: on
 
 
 def simpo_loss(
     chosen_logps: Tensor,  # (B,) log pi(y_w | x), summed over response tokens
     rejected_logps: Tensor,  # (B,) log pi(y_l | x)
-    chosen_lengths: Tensor,  # (B,) how many tokens that were
+    chosen_lengths: Tensor,  # (B,) number of response tokens
     rejected_lengths: Tensor,  # (B,)
-    mean_length: float,  # tokens of a chosen answer, mean over the whole step (or all held-out rows)
     beta: float,
     gamma_beta_ratio: float,
     nll_weight: float = 0.0,
+    mean_length: float | None = None,  # for the NLL: mean tokens of a chosen answer, over the step
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Equation 6. Returns one loss per pair, and what to plot (one value per pair)."""
+    """Equation 6. Returns one loss per pair, and metrics (one value per pair)."""
     chosen_rewards = beta * chosen_logps / chosen_lengths  # (B,)
     rejected_rewards = beta * rejected_logps / rejected_lengths  # (B,)
     margins = chosen_rewards - rejected_rewards  # (B,)
     losses = -F.logsigmoid(margins - beta * gamma_beta_ratio)
-    nll = -chosen_logps / mean_length  # (B,) its mean over pairs is the step's mean over tokens
-    if nll_weight:
-        losses = losses + nll_weight * nll
+    if nll_weight and mean_length is None:
+        raise ValueError("nll_weight needs mean_length")
     metrics = {
-        "loss": losses,
-        "nll_loss": nll,
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
@@ -147,52 +100,51 @@ def simpo_loss(
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
     }
+    if mean_length is not None:
+        metrics["nll_loss"] = -chosen_logps / mean_length  # (B,) its mean is a mean over tokens
+    if nll_weight:
+        losses = losses + nll_weight * metrics["nll_loss"]
+    metrics["loss"] = losses
     return losses, metrics
 
 
 def main(args: Args) -> None:
-    run = common.start(args, SETTINGS, __file__)
-    if not args.beta > 0 or not args.gamma_beta_ratio >= 0 or not args.nll_weight >= 0:
-        raise common.UserError(
-            "--beta must be positive, --gamma-beta-ratio and --nll-weight 0 or more"
-        )
+    if not args.beta > 0:
+        raise common.UserError("--beta must be positive")
+    run = common.Run(args)
     tokenizer = common.load_tokenizer(args.model, args.max_length)
-    train, held_out = common.load_rows(
-        args.dataset, args.eval_dataset, "pair", tokenizer, args.max_length,
-        args.max_prompt_length, args.pairs, args.skip_bad_rows, cache_dir=args.cache_dir,
-    )  # fmt: skip
+    train, held_out = common.load_rows(args, tokenizer, kind="pair")
     run.plan(train)
-    policy = common.load_policy(
-        args.model, args.dtype, run, args.attn, args.share_prompt, args.fused_logps,
-        args.fsdp, args.gradient_checkpointing, args.compile, args.lora_rank,
-    )  # fmt: skip
-    common.warn_if_not_fine_tuned(policy, tokenizer)
-    optimizer = common.make_optimizer(policy, args.optimizer, args.lr, args.weight_decay)
-    run.restore(policy, optimizer)
+    policy = common.load_policy(args, run)
+    optimizer, scheduler = common.make_optimizer(policy, args, run)
+    run.restore(policy, optimizer, scheduler)
 
-    # For training and for evaluation.
-    def losses_of(micro: common.Micro) -> tuple[Tensor, dict[str, Tensor]]:
-        logps, lengths = common.response_logps(policy, micro)  # (B, 2), (B, 2)
+    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logps = common.response_logps(policy, batch)  # (B, 2): chosen, rejected
         losses, metrics = simpo_loss(
-            *logps.unbind(1), *lengths.unbind(1), micro.mean_length,
-            args.beta, args.gamma_beta_ratio, args.nll_weight,
+            *logps.unbind(1), *batch.lengths.unbind(1),
+            args.beta, args.gamma_beta_ratio, args.nll_weight, batch.mean_length,
         )  # fmt: skip
-        metrics |= {"length/chosen": lengths[:, 0], "length/rejected": lengths[:, 1]}
+        metrics |= {"length/chosen": batch.lengths[:, 0], "length/rejected": batch.lengths[:, 1]}
         return losses, metrics
 
-    for batch in run.batches(train):  # from where the run stands
+    for step in run.steps(train):  # continues from the last checkpoint
         if run.evaluation_due:
-            run.evaluate(losses_of, held_out, policy, tokenizer)
-        for micro in batch:
-            losses, metrics = losses_of(micro)
-            # Divided by the whole step's count, over all processes.
-            (losses.sum() / batch.prompts).backward()
-            run.add(metrics)
-        # Sums gradients over processes, clips, steps, logs, saves when due.
-        run.update(policy, optimizer)
-    run.evaluate(losses_of, held_out, policy, tokenizer)
+            run.evaluate(losses_of, held_out, tokenizer)
+        for batch in step.micro_batches:
+            losses, metrics = losses_of(batch)
+            (losses.sum() / step.num_rows).backward()  # num_rows: over all processes
+            run.record(metrics)
+        common.sum_gradients(policy)  # a sum, not a mean: the loss is already divided
+        grad_norm = common.clip_gradients(policy, args.max_grad_norm)
+        if grad_norm.isfinite():  # the same on every process
+            optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        run.end_step(grad_norm)  # logs; saves when it is due
+    run.evaluate(losses_of, held_out, tokenizer)
     run.finish(policy, tokenizer)
 
 
 if __name__ == "__main__":
-    main(common.command_line(Args, __doc__))
+    main(common.parse(Args, PRESETS, __doc__))

@@ -2,33 +2,30 @@
 
     L = E_(x, y_w, y_l) [ max(0, delta - log pi(y_w|x) + log pi(y_l|x)) ]  -  lambda E [ log pi(y_ref|x) ]
 
-A hinge: a pair teaches nothing any more once the better answer is delta nats more likely than the worse one. The second
-term keeps the model near y_ref, either a demonstration or the best answer. There is no reference model.
+The first term is a hinge: a pair has no gradient once the better answer is delta nats more likely than the worse one. The second
+term keeps the model near y_ref, which is either a demonstration or the best answer. There is no reference model.
 
-    paper                    here
+    paper                    code
     x, y_w, y_l              a row: the prompt, its first response (chosen), its second (rejected)
-    log pi(y|x)              chosen_logps, rejected_logps: sums over response tokens, end-of-sequence included
+    log pi(y|x)              chosen_logps, rejected_logps: sums over response tokens, EOS included
     y_ref, log pi(y_ref|x)   target_logps, a sum too; --regularise-on best: the chosen answer; target: the row's column `target`
     lambda                   target_weight
     E                        mean over the pairs of a step, on all processes
 
 Options and departures
-1. Pairs as they are given are the paper's SLiC-HF-direct. Its better SLiC-HF-sample-rank draws them from the fine-tuned
-   model and ranks them with a model of human feedback; such are the embedded task's.
-2. --beta: a factor on the log-probs inside the hinge, which then closes at delta/beta nats and pulls beta times as hard, so
-   that lambda weighs 1/beta as much again beside it. The paper has 1. The master's thesis of SETTINGS has 0.1 (10 nats),
-   and weight 1 on a mean over tokens, which is 1/27 of our sum for its summaries of 27 tokens.
-3. --reference-normalised (SLiC-DPO, in the thesis): the hinge compares implicit rewards, beta log pi/ref, instead of
-   beta log pi. RSO (arXiv 2309.06657) calls this hinge-norm. The regulariser stays as it is.
-4. Of a ranked list, y_ref is the better one of each pair that --pairs makes of it: the best of the list with best-worst.
+1. Training on given pairs is the paper's SLiC-HF-direct. Its better variant, SLiC-HF-sample-rank, samples the pairs from the
+   fine-tuned model and ranks them with a learned reward; the embedded task's pairs are of this kind.
+2. --beta scales the log-probs inside the hinge (1 in the paper): the margin is delta/beta nats, and lambda counts 1/beta times as
+   much. The thesis has beta 0.1 and weight 1 on a mean over tokens, which is 1/27 of our sum for its summaries of 27 tokens.
+3. --reference-normalised (SLiC-DPO in the thesis, hinge-norm in RSO, arXiv 2309.06657): the hinge compares beta log pi/ref.
+4. For a ranked list, y_ref is the better answer of each pair that --pairs makes of it.
 
-Healthy: active (the share of pairs inside the margin) falls (`tiny`: 0.86 to 0.70); at 0 the regulariser alone would train.
-rewards/accuracies begins at the share of pairs that the model ranks right already and rises (0.61 to 0.69). Without a
-reference, rewards/chosen is beta log pi. Growing length is the known failure of -direct: lower --lr, raise --target-weight.
+Healthy: active (the share of pairs within the margin) falls (`tiny`: 0.86 to 0.70); rewards/accuracies rises from the share of
+pairs that the starting model ranks correctly (0.61 to 0.69). Growing length is -direct's known failure: lower --lr.
 
     python slic.py                                                          # the embedded task, on a laptop
     torchrun --nproc_per_node=4 slic.py --model runs/sft-model-gemma-2-2b   # after sft.py --model gemma-2-2b
-    python slic.py --model runs/sft-... --dataset rows.jsonl                # {"prompt", "chosen", "rejected"}, and "target" where asked for
+    python slic.py --model runs/sft --dataset rows.jsonl                    # {"prompt", "chosen", "rejected"[, "target"]}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
 """
@@ -41,84 +38,37 @@ from torch import Tensor
 
 import common
 
-# What a flag that was left out becomes, and where the numbers are from (micro-batches are ours): by
-# the last part of the model's name, in small letters; a folder that a run of ours saved has the row of
-# the model it began from. A model without a row takes the first one after `tiny`, and the run says so.
-THESIS = {  # a batch of 64 to 128; target_weight is converted, see 2 above
-    "beta": 0.1, "delta": 1.0, "target_weight": 0.04, "lr": 1e-7, "batch_size": 64, "micro_batch_size": 4, "epochs": 3.0,
-    "schedule": "cosine", "warmup_ratio": 0.1, "optimizer": "rmsprop", "max_grad_norm": 1.0,
-    "max_length": 2048, "max_prompt_length": 1024, "dataset": "tldr",
-    "source": "the MSc thesis at github.com/martimfasantos/MSc-Thesis",
-}  # fmt: skip
-SETTINGS = {
-    "tiny": {
-        "beta": 1.0, "delta": 5.0, "target_weight": 0.1, "lr": 4e-4, "batch_size": 16, "micro_batch_size": 16, "max_steps": 300,
-        "schedule": "linear", "warmup_ratio": 0.05, "optimizer": "adamw", "max_grad_norm": 1.0,
-        "max_length": 160, "max_prompt_length": 128, "dataset": "family", "source": "tuned here",
-    },
-    "t5-large": {  # an encoder-decoder, which does not run here: for models without a row. delta, lr and batch are the
-        # paper's, lambda that of HALOs, the rest ours, as for TL;DR in dpo.py
-        "beta": 1.0, "delta": 1.0, "target_weight": 0.1, "lr": 1e-5, "batch_size": 32, "micro_batch_size": 8, "epochs": 1.0,
-        "schedule": "constant", "warmup_ratio": 0.1, "optimizer": "adamw", "max_grad_norm": 10.0,
-        "max_length": 512, "max_prompt_length": 256, "dataset": "tldr",
-        "source": "delta, lr, batch: Zhao et al. 2023; lambda: github.com/ContextualAI/HALOs; the rest is ours",
-    },
+
+@dataclass
+class Args(common.Args):  # delta, lr, batch: the paper's, from memory; lambda: HALOs'; else ours
+    beta: float = 1.0  # factor on the log-probs inside the hinge
+    delta: float = 1.0  # margin of the hinge
+    target_weight: float = 0.1  # lambda: weight of the regulariser
+    regularise_on: Literal["best", "target"] = "best"  # the chosen answer, or the column `target`
+    reference_normalised: bool = False  # SLiC-DPO: the hinge compares log-ratios to the reference
+    ref_model: str | None = None  # reference, or an average a+b of two; default: the initial policy
+    soup_weight: float = 0.5  # weight of a in a+b
+    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"  # how ranked lists become pairs
+    max_length: int = 512  # tokens of prompt and response together
+    max_prompt_length: int = 256  # tokens kept of the prompt if the row is too long
+    lr: float = 1e-5  # peak learning rate
+    batch_size: int = 32  # pairs per optimizer step, over all processes
+    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = "constant"  # after warm-up
+    max_grad_norm: float = 10.0  # clip gradients to this norm; 0: never
+
+
+# What differs from the defaults, by model (or the model that a checkpoint was trained from).
+THESIS = dict(  # github.com/martimfasantos/MSc-Thesis; its text says RMSprop, its code runs AdamW (dpo.py, 4)
+    beta=0.1, target_weight=0.04, lr=1e-7, batch_size=64, micro_batch_size=4, epochs=3.0, schedule="cosine",
+    optimizer="rmsprop", max_grad_norm=1.0, max_length=2048, dataset="tldr",
+)  # fmt: skip
+PRESETS = {
+    "tiny": dict(  # tuned here
+        delta=5.0, lr=4e-4, batch_size=16, micro_batch_size=16, max_steps=300, schedule="linear", warmup_ratio=0.05,
+        max_grad_norm=1.0, max_length=160, max_prompt_length=128, dataset="family",
+    ),
     "gemma-2-2b": THESIS, "tinyllama": THESIS, "eurollm-1.7b": THESIS,
 }  # fmt: skip
-
-
-# fmt: off
-@dataclass
-class Args:
-    # SLiC
-    beta: float | None = None  # factor on the log-probs inside the hinge, per nat; default: the model's row in SETTINGS
-    delta: float | None = None  # margin of the hinge, 0 or more; default: SETTINGS
-    target_weight: float | None = None  # lambda, weight of the regulariser, 0 or more; default: SETTINGS
-    regularise_on: Literal["best", "target"] = "best"  # y_ref: the chosen answer, or the row's column `target`
-    reference_normalised: bool = False  # SLiC-DPO: the hinge compares log-probs less those of the reference
-    # The reference
-    ref_model: str | None = None  # reference model, or a soup a+b of two; default: the policy before its first step
-    soup_weight: float = 0.5  # weight of the first model of a soup, in [0, 1]
-    # Model and data
-    model: str = "tiny"  # tiny, a short name (gemma-2-2b, ...), a Hugging Face id, or a folder such as runs/sft
-    dataset: str | None = None  # family, a short name (tldr, ultrafeedback, hh, ...), a file or folder (.jsonl .json .parquet .csv), a hub id[:config][:split], or name=PATH for a copy; default: SETTINGS
-    eval_dataset: str | None = None  # held-out rows; default: the dataset's own test split, else a twentieth of it
-    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"  # how a ranked list becomes pairs
-    skip_bad_rows: bool = False  # go on without rows that cannot be used, instead of stopping
-    max_length: int | None = None  # tokens of prompt and response together; default: SETTINGS
-    max_prompt_length: int | None = None  # tokens kept of a prompt whose row is too long; default: SETTINGS
-    # Optimization
-    batch_size: int | None = None  # rows (a prompt and its responses) per optimizer step, over all processes; default: SETTINGS
-    micro_batch_size: int | None = None  # rows per forward pass and process; default: the largest that fits SETTINGS
-    epochs: float | None = None  # passes over the rows; default: SETTINGS
-    max_steps: int | None = None  # optimizer steps, instead of epochs; default: SETTINGS
-    lr: float | None = None  # peak learning rate; default: SETTINGS
-    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] | None = None  # after the warm-up; default: SETTINGS
-    warmup_ratio: float | None = None  # share of the steps in which the learning rate rises from 0; default: SETTINGS
-    optimizer: Literal["adamw", "rmsprop"] | None = None  # default: SETTINGS
-    weight_decay: float = 0.0  # on matrices only
-    max_grad_norm: float | None = None  # gradients are scaled down to this norm; 0: never; default: SETTINGS
-    dtype: Literal["bfloat16", "float32", "float64"] | None = None  # to compute in; default: bfloat16 on GPUs that have it, else float32
-    attn: Literal["auto", "eager", "sdpa", "flex_attention"] = "auto"  # attention; auto: sdpa, or eager where sdpa would leave something out
-    share_prompt: bool = True  # the responses of a prompt stand behind one copy of it, where that costs less
-    fused_logps: bool = True  # log-probs through kernels/, which never hold the logits; off: the plain lines in common.py
-    fsdp: bool = False  # weights, gradients and optimizer state are spread over the processes
-    gradient_checkpointing: bool = False  # activations are made again in the backward pass: less memory, one more forward pass
-    compile: bool = False  # torch.compile of the layers: the first steps take long, what the others gain is not measured yet
-    lora_rank: int | None = None  # train adapters of this rank beside the frozen linear layers (LoRA, alpha twice the rank); 0: train all weights; default: SETTINGS, else 0
-    # The run
-    output_dir: str | None = None  # default: runs/<script> plus the flags that differ from their defaults
-    resume: Literal["auto", "never"] = "auto"  # auto: go on where the folder's run stopped; never: a new numbered folder
-    eval_every: int = 100  # steps between evaluations on held-out rows; 0: only at the start and the end
-    sample_every: int = 0  # steps between greedy samples on fixed prompts; 0: only at the start and the end
-    save_every: int = 100  # steps between checkpoints; 0: only at the end
-    keep_last: int = 1  # checkpoints kept
-    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the saved model
-    cache_dir: str | None = None  # where tokens, samples and log-probs of a reference are kept for the next run; default: runs/.cache
-    track: Literal["none", "wandb", "tensorboard"] = "none"  # send the metrics there too
-    seed: int = 0  # of the order of rows, and of whatever is sampled
-    deterministic: bool = False  # refuse operations that are not bit for bit reproducible (slower on GPUs)
-# fmt: on
 
 
 def slic_loss(
@@ -131,7 +81,7 @@ def slic_loss(
     delta: float,
     target_weight: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Both terms. Returns one loss per pair, and what to plot (one value per pair)."""
+    """Both terms. Returns one loss per pair, and metrics (one value per pair)."""
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)  # (B,)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)  # (B,)
     margins = chosen_rewards - rejected_rewards  # (B,)
@@ -153,58 +103,48 @@ def slic_loss(
 
 
 def main(args: Args) -> None:
-    run = common.start(args, SETTINGS, __file__)
-    if not args.beta > 0 or not args.delta >= 0 or not args.target_weight >= 0:
-        raise common.UserError("--beta must be positive, --delta and --target-weight 0 or more")
-    if args.ref_model and not args.reference_normalised:
+    if not args.beta > 0:
+        raise common.UserError("--beta must be positive")
+    normalised, with_target = args.reference_normalised, args.regularise_on == "target"
+    if args.ref_model and not normalised:
         raise common.UserError("--ref-model needs --reference-normalised")
-    common.check_reference(args.ref_model, args.soup_weight)
+    run = common.Run(args)
     tokenizer = common.load_tokenizer(args.model, args.max_length)
-    train, held_out = common.load_rows(
-        args.dataset, args.eval_dataset, "pair", tokenizer, args.max_length,
-        args.max_prompt_length, args.pairs, args.skip_bad_rows, cache_dir=args.cache_dir,
-        targets=args.regularise_on == "target",
-    )  # fmt: skip
+    train, held_out = common.load_rows(args, tokenizer, kind="pair", with_target=with_target)
     run.plan(train)
-    policy = common.load_policy(
-        args.model, args.dtype, run, args.attn, args.share_prompt, args.fused_logps,
-        args.fsdp, args.gradient_checkpointing, args.compile, args.lora_rank,
-    )  # fmt: skip
-    common.warn_if_not_fine_tuned(policy, tokenizer)
-    if args.reference_normalised:
-        common.add_reference_logps(
-            run, train, held_out, policy, args.ref_model, args.soup_weight, args.cache_dir
-        )
-    optimizer = common.make_optimizer(policy, args.optimizer, args.lr, args.weight_decay)
-    run.restore(policy, optimizer)
+    policy = common.load_policy(args, run)
+    if normalised:
+        common.add_reference_logps(policy, args, run, train, held_out)  # before any update
+    optimizer, scheduler = common.make_optimizer(policy, args, run)
+    run.restore(policy, optimizer, scheduler)
 
-    # For training and for evaluation.
-    def losses_of(micro: common.Micro) -> tuple[Tensor, dict[str, Tensor]]:
-        logps, lengths = common.response_logps(policy, micro)  # (B, K), (B, K): K is 3 with targets
-        target_logps = logps[:, -1 if args.regularise_on == "target" else 0]  # (B,)
-        ref_logps = (0.0, 0.0)
-        if args.reference_normalised:
-            ref_logps = micro.ref_logps[:, :2].to(logps.dtype).unbind(1)
+    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        logps = common.response_logps(policy, batch)  # (B, K): chosen, rejected[, target]
+        ref_logps = batch.ref_logps[:, :2].to(logps.dtype).unbind(1) if normalised else (0.0, 0.0)
         losses, metrics = slic_loss(
-            logps[:, 0], logps[:, 1], target_logps, *ref_logps,
+            *logps[:, :2].unbind(1), logps[:, 2 if with_target else 0], *ref_logps,
             args.beta, args.delta, args.target_weight,
         )  # fmt: skip
-        metrics |= {"length/chosen": lengths[:, 0], "length/rejected": lengths[:, 1]}
+        metrics |= {"length/chosen": batch.lengths[:, 0], "length/rejected": batch.lengths[:, 1]}
         return losses, metrics
 
-    for batch in run.batches(train):  # from where the run stands
+    for step in run.steps(train):  # continues from the last checkpoint
         if run.evaluation_due:
-            run.evaluate(losses_of, held_out, policy, tokenizer)
-        for micro in batch:
-            losses, metrics = losses_of(micro)
-            # Divided by the whole step's count, over all processes.
-            (losses.sum() / batch.prompts).backward()
-            run.add(metrics)
-        # Sums gradients over processes, clips, steps, logs, saves when due.
-        run.update(policy, optimizer)
-    run.evaluate(losses_of, held_out, policy, tokenizer)
+            run.evaluate(losses_of, held_out, tokenizer)
+        for batch in step.micro_batches:
+            losses, metrics = losses_of(batch)
+            (losses.sum() / step.num_rows).backward()  # num_rows: over all processes
+            run.record(metrics)
+        common.sum_gradients(policy)  # a sum, not a mean: the loss is already divided
+        grad_norm = common.clip_gradients(policy, args.max_grad_norm)
+        if grad_norm.isfinite():  # the same on every process
+            optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        run.end_step(grad_norm)  # logs; saves when it is due
+    run.evaluate(losses_of, held_out, tokenizer)
     run.finish(policy, tokenizer)
 
 
 if __name__ == "__main__":
-    main(common.command_line(Args, __doc__))
+    main(common.parse(Args, PRESETS, __doc__))

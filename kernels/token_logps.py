@@ -1,39 +1,40 @@
-"""log p(target) from hidden states: linear, log-softmax and gather, with no (T, V) logits in fp32.
+"""log p(target) from hidden states: linear, log-softmax and gather without (T, V) logits in fp32.
 
     logits    z = softcap · tanh(scale · (h Wᵀ + b) / softcap) / temperature     or without tanh
     log-prob  log p_t = z_t - lse,  lse = log Σ_j exp z_j;    entropy  H = -Σ_j p_j log p_j
-    gradient  dz_j = g · (1[j = t] - p_j) - g_H · p_j (log p_j + H), times what is before tanh:
-              (1 - tanh²) · scale / temperature; then dh = dz W, dW = dzᵀ h, db = Σ_rows dz
+    gradient  dz_j = g · (1[j = t] - p_j) - g_H · p_j (log p_j + H), times the derivative of what
+              precedes: (1 - tanh²) · scale / temperature; dh = dz W, dW = dzᵀ h, db = Σ_rows dz
 
-The plain way holds logits, log-softmax and their gradients in fp32: 8.4 GB each at V = 256,000 and
-T = 8192. Here one tile of 32 MB in fp32 is used again and again, and beside it stand, at that
-shape and H = 2304: a maximum and a sum for every 1024 columns, 25 MB; dh in fp32, 75 MB; a slice
-of dz in bf16, 134 MB; and what is kept for the gradient, in bf16, `keep_bytes` at most.
+The plain computation holds logits, log-softmax and their gradients in fp32: 8.4 GB each at
+V = 256,000 and T = 8192. This file reuses one fp32 tile of 32 MB. At that shape and H = 2304 it
+also holds a maximum and a sum per 1024 columns (25 MB), dh in fp32 (75 MB), a slice of dz in bf16
+(134 MB), and at most `keep_bytes` of bf16 exponentials for the backward pass.
 
-Why it is built so:
+Design decisions:
 
-1.  Vocabulary slices outside, tokens inside. A slice of dW is then one product over all tokens,
-    accumulated in fp32 and written once in the weight's dtype: no (V, H) buffer in fp32, no sums
-    of rounded parts. What accumulates over slices is dh, which is small, and in fp32.
-2.  The products are the vendor's. They are nine tenths of the time, and a kernel of ours would
-    have to match them on every chip. The rest is a light pass over a tile that is still in the
-    cache. From bf16 the product comes out in fp32: a logit near -100 rounded to bf16 is off by up
-    to 0.25 nats, and a response's log-prob adds up dozens of those.
-3.  A program for every row and block of columns leaves a maximum and a sum, joined afterwards in
-    a fixed order. No atomics: the same bits every time. And few tokens still fill a chip.
-4.  Kept for the gradient is E = exp(z - m), m the maximum of its block. p = E · exp(m - lse) is as
-    exact as E, 2⁻⁹ of itself in bf16, wherever the logits lie; a kept z would not be. Slices that
-    are kept need three products (forward, dh, dW), the others a fourth, which makes them again.
-5.  1 - p of the target is -expm1(log p) of the log-prob in fp32. From E in bf16 it would be
-    rounding and nothing else from p = 0.998 on, which is where training takes its targets.
+1.  The outer loop runs over slices of the vocabulary, the inner one over tokens. A slice of dW is
+    then one product over all tokens, accumulated in fp32 and written once in the weight's dtype. No
+    (V, H) buffer in fp32 is needed. Only dh accumulates over slices: it is small, and in fp32.
+2.  Matrix products call the vendor's library. They take nine tenths of the time, and a kernel of
+    our own would have to match them on every chip. The rest is a light pass over a tile that is
+    still in the cache. Products of bf16 operands are written in fp32: a logit near -100 rounded to
+    bf16 is off by up to 0.25 nats, and a response's log-prob adds up dozens of them.
+3.  Each program handles one row and one block of columns and writes a maximum and a sum. These are
+    combined afterwards in a fixed order, without atomics, so results are reproducible bit for bit,
+    and a few tokens are enough to fill a chip.
+4.  What is kept for the backward pass is E = exp(z - m), where m is the maximum of the block. Then
+    p = E · exp(m - lse) has the relative error of E (2⁻⁹ in bf16) wherever the logits are; a kept z
+    would not. Slices that are kept need three products (forward, dh, dW). The others need a fourth
+    one to recompute the logits.
+5.  For the target, 1 - p is computed as -expm1(log p) from the fp32 log-prob. Computed from E in
+    bf16 it would be pure rounding error from p = 0.998 on, where trained targets end up.
 
-Without Triton, or on a CPU, the same two passes go through PyTorch's own operations, in place on a
-tile; bf16 is then multiplied in fp32. No second derivative. A target that is no token gives NaN.
-On its own: python -m pytest tests/test_kernels.py. Tested with torch 2.13 on CPUs; the kernels with
-Triton 3.6.0 and 3.7.1, interpreted and compiled for sm_80 and sm_90, but not on a GPU so far.
+Without Triton, or on a CPU, the same two passes use PyTorch operations, in place on a tile; bf16 is
+then multiplied in fp32. There is no second derivative. An invalid target id gives NaN.
+Tests: python -m pytest tests/test_kernels.py. Tested with torch 2.13 on CPUs; the Triton kernels
+with Triton 3.6.0 and 3.7.1, interpreted and compiled for sm_80 and sm_90, but not yet on a GPU.
 """
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -48,9 +49,9 @@ except ImportError:  # not Linux
 
 IGNORED = -100  # as in F.cross_entropy
 SLICE = 8192  # columns of the vocabulary at a time
-TILE = 2**23  # elements of the fp32 tile: 32 MB, which the cache of an A100 or H100 holds
-BLOCK, WARPS = 1024, 4  # columns a program: 8 a thread, which stay in registers
-PAD = 16  # rows of tiles begin at multiples of this: with V = 50,257 the last ones were unaligned
+TILE = 2**23  # elements of the fp32 tile: 32 MB, which fit into the cache of an A100 or H100
+BLOCK, WARPS = 1024, 4  # columns per program: 8 per thread, which stay in registers
+PAD = 16  # rows of tiles begin at multiples of this, else rows are unaligned at V = 50,257
 
 
 def reference(
@@ -62,20 +63,19 @@ def reference(
     scale: float = 1.0,
     temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """(T,) log-probs and (T,) entropies, the plain way: what is meant."""
+    """(T,) log-probs and (T,) entropies, the plain way. Tests compare with this."""
     logits = F.linear(hidden, weight, bias)  # (T, V)
     logits = logits.to(at_least_fp32(logits.dtype)) * scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     logps = torch.log_softmax(logits / temperature, -1)  # (T, V)
-    picked = -F.nll_loss(logps, targets, reduction="none", ignore_index=IGNORED)
+    target_logps = -F.nll_loss(logps, targets, reduction="none", ignore_index=IGNORED)
     entropies = torch.special.entr(logps.exp()).sum(-1)
-    return picked, entropies.masked_fill(targets == IGNORED, 0.0)
+    return target_logps, entropies.masked_fill(targets == IGNORED, 0.0)
 
 
-# The kernels: one row and BLOCK of its columns each, all arithmetic in fp32 whatever is loaded.
-# Row numbers become int64 before they meet a stride: T * V may exceed 2^31.
-COMPILED = []  # for tests/test_compiled.py: the kernels as they are launched, GPU or not
+# Each program handles one row and BLOCK of its columns. All arithmetic is in fp32, whatever is
+# loaded. Row numbers become int64 before they are multiplied by a stride: T * V may exceed 2^31.
 
 if triton is not None:
 
@@ -83,45 +83,46 @@ if triton is not None:
     def finish(
         z,  # (BLOCK,) products
         bias,  # (V,)
-        columns, at, width,  # (BLOCK,) in the slice, which begins at `at`
-        scale, softcap, cooling,  # cooling: 1 / temperature
+        columns, at, width,  # columns: (BLOCK,) within the slice, which begins at column `at` of V
+        scale, softcap, inverse_temperature,
         BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
     ):  # fmt: skip
         if BIAS:
             z += tl.load(bias + at + columns, mask=columns < width, other=0.0).to(tl.float32)
         z = z * scale
         if SOFTCAP:
-            # tanh from exp, which the interpreter has too; the series where 1 - t would cancel.
+            # tanh from exp, because the interpreter has no tanh. The series is for small x, where
+            # 1 - t loses digits to cancellation.
             x = z / softcap
             t = tl.exp(-2.0 * tl.abs(x))
             tanh = tl.where(x < 0.0, t - 1.0, 1.0 - t) / (1.0 + t)
             series = x * (1.0 + x * x * (-1.0 / 3.0 + x * x * (2.0 / 15.0 - x * x * 17.0 / 315.0)))
             z = softcap * tl.where(tl.abs(x) < 0.2, series, tanh)
-        return tl.where(columns < width, z * cooling, float("-inf"))
+        return tl.where(columns < width, z * inverse_temperature, float("-inf"))
 
     @triton.jit
     def fold_kernel(
-        tile,  # (rows, width) fp32 products; their rows, like those of kept, are `stride` apart
+        tile,  # (rows, width) fp32 products; row stride `stride`, also in kept
         bias,  # (V,) fp32
         targets,  # (T,)
-        kept,  # out: exponentials (T, width), from element kept_at on
+        kept,  # out: (T, width) exponentials, from element kept_at on
         parts,  # out: (3, T, blocks) fp32 m, Σ exp(z - m), and for the entropy Σ (z - m) exp(z - m)
         z_target,  # out: (T,) fp32
-        # keep: columns to keep, width or 0. Not a constant of the compiler, because the store has a
-        # say in how sums are split over threads: scoring would differ from training in its bits.
-        # first: the tile's first row of the T.
+        # keep: number of columns to keep, width or 0. Not a compile-time constant: the store
+        # influences how the compiler splits sums over threads, and then scoring and training would
+        # differ in the last bits. first: the row of T at which the tile begins.
         kept_at, first, tokens, at, width, stride, blocks, keep,
-        scale, softcap, cooling,
+        scale, softcap, inverse_temperature,
         BLOCK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
     ):  # fmt: skip
         in_tile, begin = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
         row = first + in_tile
         columns = begin + tl.arange(0, BLOCK)
         z = tl.load(tile + in_tile * stride + columns, mask=columns < width, other=0.0)
-        z = finish(z, bias, columns, at, width, scale, softcap, cooling, BIAS, SOFTCAP)
+        z = finish(z, bias, columns, at, width, scale, softcap, inverse_temperature, BIAS, SOFTCAP)
 
         m = tl.max(z, 0)
-        # A block may be -inf throughout (a bias that forbids tokens): then E is 0, and not NaN.
+        # If all of a block is -inf (a bias that forbids tokens), E must be 0, not NaN.
         shifted = z - tl.where(m == float("-inf"), 0.0, m)
         e = tl.exp(shifted)
         column = (at + begin) // BLOCK
@@ -139,14 +140,14 @@ if triton is not None:
 
     @triton.jit
     def dlogits_kernel(
-        source,  # KEPT: the exponentials, from element source_at on; else the fp32 tile
-        out,  # out: (T, width) dz of the slice; its rows, like those of source, are `stride` apart
+        source,  # if KEPT the exponentials, from element source_at on, else the fp32 tile
+        out,  # out: (T, width) dz of the slice; row stride `stride`, also in source
         bias,  # (V,) fp32
         targets,  # (T,)
-        of_row,  # (7, T) fp32: g, g_H; log p and 1 - p of the target; H; lse as top + log_sum
-        parts,  # (3, T, blocks) fp32, as above
+        row_stats,  # (7, T) fp32: g, g_H; log p and 1 - p of the target; H; top, log_sum (lse)
+        parts,  # (3, T, blocks) fp32, as in fold_kernel
         source_at, first, tokens, at, width, stride, blocks,
-        scale, softcap, cooling,
+        scale, softcap, inverse_temperature,
         BLOCK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
         KEPT: tl.constexpr,
     ):  # fmt: skip
@@ -155,57 +156,37 @@ if triton is not None:
         columns = begin + tl.arange(0, BLOCK)
         x = tl.load(source + source_at + in_source * stride + columns, columns < width, other=0.0)
         x = x.to(tl.float32)
-        top, log_sum = tl.load(of_row + row + tokens * 5), tl.load(of_row + row + tokens * 6)
+        top, log_sum = tl.load(row_stats + row + tokens * 5), tl.load(row_stats + row + tokens * 6)
         if KEPT:
             shift = tl.load(parts + row * blocks + (at + begin) // BLOCK) - top - log_sum
             p = x * tl.exp(shift)
             logp = tl.where(x > 0.0, tl.log(x) + shift, 0.0)
         else:
-            z = finish(x, bias, columns, at, width, scale, softcap, cooling, BIAS, SOFTCAP)
+            z = finish(
+                x, bias, columns, at, width, scale, softcap, inverse_temperature, BIAS, SOFTCAP
+            )
             logp = z - top - log_sum
             p = tl.exp(logp)
             logp = tl.where(p > 0.0, logp, 0.0)
 
-        # The target's entry from its exact log-prob, not from what was rounded to be kept.
+        # The target's entry comes from its exact log-prob, not from the rounded exponential.
         hit = columns == tl.load(targets + row) - at
-        logp = tl.where(hit, tl.load(of_row + row + tokens * 2), logp)
-        dz = tl.load(of_row + row) * tl.where(hit, tl.load(of_row + row + tokens * 3), -p)
+        logp = tl.where(hit, tl.load(row_stats + row + tokens * 2), logp)
+        dz = tl.load(row_stats + row) * tl.where(hit, tl.load(row_stats + row + tokens * 3), -p)
         if ENTROPY:
-            entropy = tl.load(of_row + row + tokens * 4)
-            dz -= tl.load(of_row + row + tokens) * p * (logp + entropy)
+            entropy = tl.load(row_stats + row + tokens * 4)
+            dz -= tl.load(row_stats + row + tokens) * p * (logp + entropy)
         if SOFTCAP:
-            tanh = (logp + log_sum + top) / (cooling * softcap)
-            dz *= tl.maximum(1.0 - tanh * tanh, 0.0)  # rounding may carry a kept |tanh| over 1
+            tanh = (logp + log_sum + top) / (inverse_temperature * softcap)
+            dz *= tl.maximum(1.0 - tanh * tanh, 0.0)  # rounding may push |tanh| over 1
         tl.store(out + row * stride + columns, dz.to(out.dtype.element_ty), mask=columns < width)
 
-    def variant(kernel: object, dtype: str, **flags: bool) -> dict:
-        pointers = {"targets": "*i64", "kept": dtype, "out": dtype}
-        pointers["source"] = dtype if flags.get("KEPT") else "*fp32"
-        pointers |= dict.fromkeys(("tile", "bias", "parts", "z_target", "of_row"), "*fp32")
-        whole = ("first", "tokens", "at", "width", "stride", "blocks", "keep")
-        numbers = dict.fromkeys(whole, "i32")
-        numbers |= {"kept_at": "i64", "source_at": "i64"}
-        numbers |= dict.fromkeys(("scale", "softcap", "cooling"), "fp32")
-        aligned = {*pointers, "kept_at", "source_at", "at", "width", "stride", "keep"}
-        return {
-            "kernel": kernel,
-            "types": {n: t for n, t in (pointers | numbers).items() if n in kernel.arg_names},
-            "constants": {"BLOCK": BLOCK, **flags},
-            "aligned": [name for name in kernel.arg_names if name in aligned],
-            "num_warps": WARPS,
-            "num_stages": 3,
-        }
 
-    for dtype, rest in itertools.product(("*bf16", "*fp32"), (False, True)):
-        flags = dict(BIAS=rest, SOFTCAP=rest, ENTROPY=rest)  # GPT-2, Llama; everything
-        COMPILED.append(variant(fold_kernel, dtype, **flags))
-        for stays in (True, False):
-            COMPILED.append(variant(dlogits_kernel, dtype, **flags, KEPT=stays))
-
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # the kernels, on CPU tensors
+# TRITON_INTERPRET=1: the kernels run on CPU tensors.
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 
-# The same in plain torch, in place: what counts is how often a tile is passed over.
+# The same in plain torch, in place, with as few passes over a tile as possible.
 
 
 def finish_(
@@ -222,29 +203,29 @@ def finish_(
 
 
 def fold_(
-    z: Tensor,  # (rows, v) logits, become exponentials
-    columns: Tensor,  # (rows,) the targets', counted from this slice's first
-    z_target: Tensor,  # (rows,) written where the target is in this slice
+    z: Tensor,  # (rows, v) logits; overwritten with exponentials
+    columns: Tensor,  # (rows,) columns of the targets, relative to the slice
+    z_target: Tensor,  # (rows,) logits of the targets, written where the slice has the target
     entropy: bool,
 ) -> Tensor:
-    """(3, rows) as in fold_kernel."""
+    """(3, rows): the same as `parts` of fold_kernel."""
     inside = (columns >= 0) & (columns < z.shape[1])
-    picked = z.gather(1, columns.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
-    z_target.copy_(torch.where(inside, picked, z_target))
+    found = z.gather(1, columns.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+    z_target.copy_(torch.where(inside, found, z_target))
     m = z.amax(1)
-    z.sub_(m.clamp(min=torch.finfo(z.dtype).min)[:, None]).exp_()  # -inf throughout: 0, not NaN
+    z.sub_(m.clamp(min=torch.finfo(z.dtype).min)[:, None]).exp_()  # all -inf: 0, not NaN
     return torch.stack([m, z.sum(1), -torch.special.entr(z).sum(1) if entropy else m])
 
 
 def dlogits_(
-    out: Tensor,  # (rows, v) logits, or anything if kept; becomes dz
+    out: Tensor,  # (rows, v) logits, or anything if `kept` is given; overwritten with dz
     kept: Tensor | None,  # (rows, v) exponentials
     m: Tensor,  # (rows,)
-    columns: Tensor,  # (rows,) as above
-    of_row: Tensor,  # (7, rows) as in dlogits_kernel
+    columns: Tensor,  # (rows,) as in fold_
+    row_stats: Tensor,  # (7, rows) as in dlogits_kernel
     softcap: float, temperature: float, entropy: bool,
 ) -> None:  # fmt: skip
-    grads, entropy_grads, target_logps, misses, entropies, top, log_sum = of_row[:, :, None]
+    grads, entropy_grads, target_logps, misses, entropies, top, log_sum = row_stats[:, :, None]
     logp, limits = None, torch.finfo(out.dtype)
     if kept is None:
         out.sub_(top).sub_(log_sum)
@@ -273,7 +254,7 @@ def dlogits_(
         out.mul_(tanh.square_().neg_().add_(1.0))
 
 
-# What both passes share.
+# Shared by both passes.
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -281,18 +262,18 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 def on_triton(hidden: Tensor) -> bool:
-    there = triton is not None and (hidden.is_cuda or INTERPRETED)
-    return there and hidden.dtype != torch.float64
+    available = triton is not None and (hidden.is_cuda or INTERPRETED)
+    return available and hidden.dtype != torch.float64
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Of the operands of products and of what is kept. Statistics are in fp32 or better."""
+    """The dtype of product operands and of kept exponentials. Statistics are fp32 or better."""
     return hidden.dtype if on_triton(hidden) else at_least_fp32(hidden.dtype)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-    """out (+)= a @ b, accumulated in fp32 or better and rounded once, to the dtype of `out`."""
-    if not a.is_cuda:  # half precision has no product with a result in fp32 there
+    """out (+)= a @ b, accumulated in fp32 or better and rounded once to the dtype of `out`."""
+    if not a.is_cuda:  # CPUs have no half-precision product with an fp32 result
         a, b = a.to(at_least_fp32(a.dtype)), b.to(at_least_fp32(b.dtype))
     wider = {"out_dtype": out.dtype} if a.itemsize == 2 and out.dtype == torch.float32 else {}
     if a.dtype != out.dtype and not wider:
@@ -304,9 +285,9 @@ def product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
 
 
 def tile_shape(tokens: int, hidden: Tensor) -> tuple[int, int]:
-    """(rows, columns). Few tokens: wider slices, or launching kernels and waking threads would be
-    most of the time. Very many: narrower ones, so that a slice of dz stays at 2²⁶ elements. On a
-    CPU all of it is smaller, as its caches are.
+    """(rows, columns). With few tokens slices are wider, or launching kernels and waking threads
+    would dominate. With very many they are narrower, so that a slice of dz has at most 2²⁶
+    elements. On a CPU everything is smaller, because caches are.
     """
     tokens = max(tokens, 1)
     tile, columns = (TILE, SLICE) if hidden.is_cuda else (TILE // 8, SLICE // 2)
@@ -320,33 +301,33 @@ def padded(columns: int) -> int:
 
 
 def matrix(buffer: Tensor, at: int, rows: int, columns: int) -> Tensor:
-    """(rows, columns) in a flat buffer from element `at` on, its rows padded(columns) apart."""
+    """View (rows, columns) of a flat buffer from element `at` on; row stride padded(columns)."""
     wide = padded(columns)
     return buffer[at : at + rows * wide].view(rows, wide)[:, :columns]
 
 
 def room_to_keep(hidden: Tensor, weight: Tensor, keep_bytes: int | None) -> int:
-    """Elements to keep. A function of shapes and hardware, never of what memory is free: a resumed
-    run computes what the uninterrupted one does, to the bit.
+    """Number of exponentials to keep. It depends on shapes and hardware only, never on free memory,
+    so that a resumed run computes the same bits as an uninterrupted one.
     """
     logits = hidden.shape[0] * padded(weight.shape[0])
     itemsize = compute_dtype(hidden).itemsize
     if keep_bytes is None and weight.is_cuda:
         keep_bytes = torch.cuda.get_device_properties(weight.device).total_memory // 16
     elif keep_bytes is None:
-        # A fifth of the logits leaves the peak a fifth below the plain way's even where dW is most
-        # of both (GPT-2's head, 320 tokens). All of them would save a tenth of the time, and are
-        # kept where that is little beside dW (Gemma 2's head and a few tokens).
-        beside = weight.shape[0] * weight.shape[1] * weight.element_size() // 32
-        keep_bytes = torch.sym_max(logits * itemsize // 5, beside)
+        # Keeping a fifth of the logits leaves the peak a fifth below the plain computation's even
+        # where dW dominates both (GPT-2's head, 320 tokens). Keeping all would save a tenth of the
+        # time; that is done where they are small compared with dW (Gemma 2's head, few tokens).
+        small = weight.shape[0] * weight.shape[1] * weight.element_size() // 32
+        keep_bytes = torch.sym_max(logits * itemsize // 5, small)
     return torch.sym_min(keep_bytes // itemsize, logits)
 
 
 def slices(
     hidden: Tensor, weight: Tensor, kept: Tensor, columns: int
 ) -> Iterator[tuple[int, Tensor, bool]]:
-    """(first column, (v, H) weight in the compute dtype, whether kept), slice by slice: the cast
-    never makes a second copy of a whole weight. The first slices are kept, as many as fit.
+    """Yield (first column, (v, H) weight in the compute dtype, whether kept) per slice. Casting
+    slice by slice never copies the full weight. The first slices are kept, as many as fit.
     """
     for at in range(0, weight.shape[0], columns):
         w = weight[at : at + columns].to(compute_dtype(hidden))
@@ -354,8 +335,8 @@ def slices(
 
 
 def prepared(hidden: Tensor, targets: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Contiguous; targets as a fresh copy, since an int64 column of a batch may lie at an address
-    that is no multiple of 16; instead of no bias something to point at.
+    """Contiguous hidden states, targets and bias. Targets are copied, because an int64 view may
+    start at an address that is not a multiple of 16. Kernels need a pointer even without a bias.
     """
     h = hidden.to(compute_dtype(hidden)).contiguous()
     y = targets.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
@@ -363,7 +344,7 @@ def prepared(hidden: Tensor, targets: Tensor, bias: Tensor | None) -> tuple[Tens
     return h, y, h.new_empty(1, dtype=fp32) if bias is None else bias.to(fp32).contiguous()
 
 
-# The two passes, each one operation to torch.compile.
+# The two passes. torch.compile sees each of them as one operation.
 
 
 @torch.library.custom_op("plainpref::token_logps", mutates_args=())
@@ -373,27 +354,27 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(T,) log-probs; (T,) entropies; (2, T) lse; (3, T, blocks) parts; kept exponentials."""
     tokens, vocab, fp32 = len(hidden), len(weight), at_least_fp32(hidden.dtype)
-    (rows, columns), triton_serves = tile_shape(tokens, hidden), on_triton(hidden)
-    block = BLOCK if triton_serves else columns
+    (rows, columns), use_triton = tile_shape(tokens, hidden), on_triton(hidden)
+    block = BLOCK if use_triton else columns
     h, y, b = prepared(hidden, targets, bias)
     kept = h.new_empty(room_to_keep(hidden, weight, keep_bytes))
     buffer = h.new_empty(rows * padded(min(columns, vocab)), dtype=fp32)
     parts = h.new_empty(3, tokens, -(-vocab // block), dtype=fp32)
-    z_target = h.new_full((tokens,), torch.nan, dtype=fp32)  # stays so if it is no token
+    z_target = h.new_full((tokens,), torch.nan, dtype=fp32)  # NaN stays if it is no token
 
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         for at, w, keep in slices(hidden, weight, kept, columns):
             width = len(w)
             for first in range(0, tokens, rows):
                 span = slice(first, min(first + rows, tokens))
-                many = span.stop - first
-                if keep and not triton_serves:  # the exponentials arise where they stay
+                num_rows = span.stop - first
+                if keep and not use_triton:  # compute the exponentials where they are kept
                     tile = matrix(kept, tokens * at, tokens, width)[span]
                 else:
-                    tile = matrix(buffer, 0, many, width)
+                    tile = matrix(buffer, 0, num_rows, width)
                 product(h[span], w.T, tile)  # (t, v)
-                if triton_serves:
-                    fold_kernel[(many, -(-width // block))](
+                if use_triton:
+                    fold_kernel[(num_rows, -(-width // block))](
                         tile, b, y, kept, parts, z_target,
                         tokens * at, first, tokens, at, width, padded(width), parts.shape[2],
                         width if keep else 0, scale, softcap, 1 / temperature, BLOCK=block,
@@ -401,21 +382,21 @@ def forward(
                         num_warps=WARPS,
                     )  # fmt: skip
                 else:
-                    here = None if bias is None else b[at : at + width]
-                    finish_(tile, here, scale, softcap, temperature)
+                    slice_bias = None if bias is None else b[at : at + width]
+                    finish_(tile, slice_bias, scale, softcap, temperature)
                     part = fold_(tile, y[span] - at, z_target[span], entropy)
                     parts[:, span, at // columns] = part
 
     m, sums, tilts = parts
-    # lse = top + log_sum, and never their sum: near -100 fp32 has room for 4e-6 only, which would
-    # move all of a row's p in the same direction.
+    # lse stays split into top + log_sum. Near -100 their fp32 sum would be off by up to 4e-6, which
+    # would move all p of a row in the same direction.
     top = m.amax(1)
     log_sum = (sums * (m - top[:, None]).exp()).sum(1).log()
     logps = torch.where(y == IGNORED, 0.0, z_target - top - log_sum)
     entropies = torch.zeros_like(logps)
     if entropy:
-        # Σ p (lse - z), taken from the maxima, so that only what is not negative is added up. A
-        # block of -inf has a sum of 0, and 0 * inf would be NaN.
+        # Σ p (lse - z), computed relative to the maxima so that only non-negative terms are added.
+        # A block of -inf has a sum of 0; clamping avoids 0 * inf = NaN.
         shift = (m.clamp(min=torch.finfo(fp32).min) - top[:, None]) - log_sum[:, None]
         entropies -= (shift.exp() * (tilts + shift * sums)).sum(1).masked_fill(y == IGNORED, 0.0)
     return logps, entropies, torch.stack([top, log_sum]), parts, kept
@@ -429,21 +410,21 @@ def backward(
     logps: Tensor, entropies: Tensor, lse: Tensor, parts: Tensor, kept: Tensor,  # from forward
     want_hidden: bool, want_weight: bool, want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight and bias, empty where not wanted."""
+    """Gradients of hidden, weight and bias; empty tensors where not wanted."""
     tokens, vocab, fp32 = len(hidden), len(weight), lse.dtype
-    (rows, columns), triton_serves = tile_shape(tokens, hidden), on_triton(hidden)
-    block = BLOCK if triton_serves else columns
+    (rows, columns), use_triton = tile_shape(tokens, hidden), on_triton(hidden)
+    block = BLOCK if use_triton else columns
     h, y, b = prepared(hidden, targets, bias)
     dhidden = hidden.new_zeros(hidden.shape if want_hidden else 0, dtype=fp32)
     dweight = weight.new_empty(weight.shape if want_weight else 0)
     dbias = hidden.new_empty(vocab if want_bias else 0, dtype=b.dtype)
-    # dz is linear in g and g_H, so what is constant in a row is settled in them.
+    # dz is linear in g and g_H, so factors that are constant in a row are applied to them.
     factor = torch.full_like(logps, scale / temperature).masked_fill(y == IGNORED, 0.0)
-    of_row = (grads * factor, entropy_grads * factor, logps, -logps.expm1(), entropies, *lse)
-    of_row = torch.stack(of_row)  # (7, T)
+    stats = (grads * factor, entropy_grads * factor, logps, -logps.expm1(), entropies, *lse)
+    row_stats = torch.stack(stats)  # (7, T)
     elements = padded(min(columns, vocab))
-    buffer = h.new_empty(rows * elements if triton_serves else 0, dtype=fp32)
-    out = h.new_empty(tokens * elements)  # not where it was kept: backward may come twice
+    buffer = h.new_empty(rows * elements if use_triton else 0, dtype=fp32)
+    out = h.new_empty(tokens * elements)  # not over `kept`: backward may run twice
 
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         for at, w, is_kept in slices(hidden, weight, kept, columns):
@@ -452,13 +433,13 @@ def backward(
             step = max(tokens, 1) if is_kept else rows
             for first in range(0, tokens, step):
                 span = slice(first, min(first + step, tokens))
-                many = span.stop - first
+                num_rows = span.stop - first
                 if not is_kept:
-                    tile = matrix(buffer, 0, many, width) if triton_serves else dz[span]
+                    tile = matrix(buffer, 0, num_rows, width) if use_triton else dz[span]
                     product(h[span], w.T, tile)
-                if triton_serves:
-                    dlogits_kernel[(many, -(-width // block))](
-                        kept if is_kept else tile, out, b, y, of_row, parts,
+                if use_triton:
+                    dlogits_kernel[(num_rows, -(-width // block))](
+                        kept if is_kept else tile, out, b, y, row_stats, parts,
                         tokens * at if is_kept else 0, first, tokens, at, width, padded(width),
                         parts.shape[2], scale, softcap, 1 / temperature, BLOCK=block,
                         BIAS=bias is not None, SOFTCAP=softcap > 0, ENTROPY=entropy, KEPT=is_kept,
@@ -466,12 +447,13 @@ def backward(
                     )  # fmt: skip
                     continue
                 if not is_kept:
-                    here = None if bias is None else b[at : at + width]
-                    finish_(tile, here, scale, softcap, temperature)
+                    slice_bias = None if bias is None else b[at : at + width]
+                    finish_(tile, slice_bias, scale, softcap, temperature)
                 exponentials = matrix(kept, tokens * at, tokens, width) if is_kept else None
-                m, y_here = parts[0, span, at // columns], y[span] - at
-                how = (softcap, temperature, entropy)
-                dlogits_(dz[span], exponentials, m, y_here, of_row[:, span], *how)
+                dlogits_(
+                    dz[span], exponentials, parts[0, span, at // columns], y[span] - at,
+                    row_stats[:, span], softcap, temperature, entropy,
+                )  # fmt: skip
             if want_weight:
                 product(dz.T, h, dweight[at : at + width])
             if want_hidden:
@@ -503,7 +485,7 @@ def _(grads, entropy_grads, hidden, weight, targets, bias, *rest):
 def save(ctx, inputs, output) -> None:
     hidden, weight, targets, bias, *ctx.settings, _ = inputs
     ctx.save_for_backward(hidden, weight, targets, bias, *output)
-    ctx.set_materialize_grads(False)  # else zeros as large as what was kept
+    ctx.set_materialize_grads(False)  # else torch makes zeros as large as `kept`
 
 
 def differentiate(ctx, grads, entropy_grads, *_):
@@ -522,23 +504,23 @@ forward.register_autograd(differentiate, setup_context=save)
 
 
 def token_logps(
-    hidden: Tensor,  # (T, H) states that stand before the targets
+    hidden: Tensor,  # (T, H) states from which the targets are predicted
     weight: Tensor,  # (V, H)
     targets: Tensor,  # (T,) token ids; -100: log-prob 0, entropy 0, no gradient
     bias: Tensor | None = None,  # (V,)
     softcap: float | None = None,  # Gemma 2: logits = softcap * tanh(logits / softcap)
-    scale: float = 1.0,  # Cohere, Granite: logits are multiplied by it, before the softcap
-    temperature: float = 1.0,  # and divided by it, after the softcap
+    scale: float = 1.0,  # Cohere, Granite: multiplies the logits before the softcap
+    temperature: float = 1.0,  # divides them after the softcap
     entropy: bool = False,
-    keep_bytes: int | None = None,  # None: 1/16 of the GPU's memory; on a CPU see room_to_keep
+    keep_bytes: int | None = None,  # None: 1/16 of a GPU's memory; CPU: see room_to_keep
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """(T,) log p(target) in fp32, or float64 from float64; with `entropy` (T,) entropies too."""
+    """(T,) log p(target) in fp32, or float64 for float64; with `entropy` also (T,) entropies."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(device))
     given = (hidden, weight) if bias is None else (hidden, weight, bias)
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
-        keep_bytes = 0  # scoring: nothing to come back for
+        keep_bytes = 0  # scoring only: there will be no backward pass
     logps, entropies, *_ = torch.ops.plainpref.token_logps(
         hidden, weight, targets, bias, float(scale), float(softcap or 0.0), float(temperature),
         entropy, keep_bytes,

@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # -n: a process a core, each with one t
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("llama", "gemma2", "gpt2", "qwen2", "qwen3", "mistral", "gpt_neox")
@@ -118,6 +121,16 @@ def make_checkpoint(architecture: str, folder: Path, tokenizer_kind: str | None 
     return folder
 
 
+@pytest.fixture
+def fresh_process(tmp_path, monkeypatch):
+    """An empty current folder; pytest gets its signal handlers back after a run."""
+    monkeypatch.chdir(tmp_path)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """checkpoints(architecture) -> a folder, made once."""
@@ -130,6 +143,30 @@ def checkpoints(tmp_path_factory):
         return made[architecture]
 
     return get
+
+
+@contextmanager
+def all_float64():
+    """Transformers computes norms and the eager softmax in fp32 even in a float64 model, so
+    differences below 1e-7 could not be seen. In here float64 stays float64.
+    """
+    to, softmax = torch.Tensor.to, F.softmax
+
+    def stays(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:
+        return tensor.dtype == torch.float64 and dtype == torch.float32
+
+    def new_to(self, *args, **more):
+        wanted = more.get("dtype", args[0] if args else None)
+        return self if stays(self, wanted) else to(self, *args, **more)
+
+    def new_softmax(input, dim=None, dtype=None, **more):
+        return softmax(input, dim=dim, dtype=None if stays(input, dtype) else dtype, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", new_to)
+        patch.setattr(torch.Tensor, "float", lambda self: new_to(self, torch.float32))
+        patch.setattr(F, "softmax", new_softmax)
+        yield
 
 
 WORDS = "the cat sat on a mat and then another big red dog ran far off into some warm wood".split()

@@ -1,14 +1,13 @@
-"""Every kernel of kernels/ compiles for A100 and H100 without a GPU, and no register is spilled.
+"""The kernels of kernels/token_logps.py compile for A100 and H100, without a GPU and spills.
 
-What a launch would compile is in the COMPILED list of each file: kernel, types, constants, which
-arguments are multiples of 16 (the launcher finds that out itself, and loads are wide only then),
-warps and stages. ptxas and cuobjdump come with Triton. `python -m pytest tests/test_compiled.py -s`
-prints the table.
+COMPILED lists what launches compile: kernel, types, constants, which arguments are multiples of 16
+(the launcher detects that itself, and only then are loads wide), warps and stages. ptxas and
+cuobjdump come with Triton. `python -m pytest tests/test_compiled.py -s` prints the table.
 """
 
 import ast
-import importlib
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -32,16 +31,39 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-FILES = sorted(path for path in (ROOT / "kernels").glob("*.py") if "triton.jit" in path.read_text())
-each_file = pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+from kernels import token_logps  # noqa: E402
+
 CUOBJDUMP = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block may have
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA"}
 COLUMNS = ("registers", "stack", "shared", "spills", "wide")
 
 
-def entries(file: Path) -> list[dict]:
-    return importlib.import_module(f"kernels.{file.stem}").COMPILED
+def variant(kernel: JITFunction, dtype: str, **flags: bool) -> dict:
+    pointers = {"targets": "*i64", "kept": dtype, "out": dtype}
+    pointers["source"] = dtype if flags.get("KEPT") else "*fp32"
+    pointers |= dict.fromkeys(("tile", "bias", "parts", "z_target", "row_stats"), "*fp32")
+    integers = ("first", "tokens", "at", "width", "stride", "blocks", "keep")
+    numbers = dict.fromkeys(integers, "i32")
+    numbers |= {"kept_at": "i64", "source_at": "i64"}
+    numbers |= dict.fromkeys(("scale", "softcap", "inverse_temperature"), "fp32")
+    aligned = {*pointers, "kept_at", "source_at", "at", "width", "stride", "keep"}
+    return {
+        "kernel": kernel,
+        "types": {n: t for n, t in (pointers | numbers).items() if n in kernel.arg_names},
+        "constants": {"BLOCK": token_logps.BLOCK, **flags},
+        "aligned": [name for name in kernel.arg_names if name in aligned],
+        "num_warps": token_logps.WARPS,
+        "num_stages": 3,
+    }
+
+
+COMPILED = []  # the kernels as they are launched
+for dtype, on in itertools.product(("*bf16", "*fp32"), (False, True)):
+    flags = dict(BIAS=on, SOFTCAP=on, ENTROPY=on)  # off as for Llama; all on
+    COMPILED.append(variant(token_logps.fold_kernel, dtype, **flags))
+    for kept in (True, False):
+        COMPILED.append(variant(token_logps.dlogits_kernel, dtype, **flags, KEPT=kept))
 
 
 def jit_of(kernel: Any) -> JITFunction:
@@ -63,11 +85,11 @@ def title(entry: dict) -> str:
 
 
 def compiled(entry: dict, capability: int, folder: Path) -> dict:
-    """Registers, stack, shared memory and instructions of one kernel on one kind of GPU."""
+    """Registers, stack, shared memory and instructions of one kernel for one GPU architecture."""
     kernel, constants = jit_of(entry["kernel"]), entry["constants"]
     names = kernel.arg_names
     missing = set(names) - set(constants) - set(entry["types"])
-    assert not missing, f"COMPILED gives {kernel.__name__} no type for {sorted(missing)}"
+    assert not missing, f"COMPILED has no type in {kernel.__name__} for {sorted(missing)}"
     source = ASTSource(
         fn=kernel,
         signature={n: "constexpr" if n in constants else entry["types"][n] for n in names},
@@ -104,21 +126,20 @@ def check(found: dict, entry: dict, capability: int) -> None:
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path_factory):
-    """A folder for what is compiled: nothing from an earlier run is taken for this one's."""
+    """An empty compilation cache, so that nothing from an earlier run is used."""
     folder = tmp_path_factory.mktemp("compiled")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "cache"))
-    # A later Triton changes the default, which then says how many roundings a kernel has.
+    # A later Triton changes this default, which determines how many roundings a kernel has.
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     return folder
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-@each_file
-def test_every_kernel_compiles_and_fits(file, capability, fresh):
-    print(f"\nTriton {triton.__version__}, sm_{capability}, kernels/{file.name}")
+def test_every_kernel_compiles_and_fits(capability, fresh):
+    print(f"\nTriton {triton.__version__}, sm_{capability}")
     print(f"{'':<76}" + " ".join(f"{column:>9}" for column in COLUMNS))
     wrong = []
-    for entry in entries(file):
+    for entry in COMPILED:
         found = compiled(entry, capability, fresh)
         print(f"{title(entry):<76}" + " ".join(f"{found[column]:>9}" for column in COLUMNS))
         try:
@@ -154,13 +175,12 @@ def kernels_of(source: str) -> set[str]:
     return {name for name in jitted if name in launched or name not in calls}
 
 
-@each_file
-def test_no_kernel_is_forgotten(file):
-    listed = {jit_of(entry["kernel"]).__name__ for entry in entries(file)}
-    assert listed and listed == kernels_of(file.read_text())
+def test_no_kernel_is_forgotten():
+    listed = {jit_of(entry["kernel"]).__name__ for entry in COMPILED}
+    assert listed == kernels_of(Path(token_logps.__file__).read_text())
 
 
-def test_how_kernels_are_told_from_helpers():
+def test_kernels_are_distinguished_from_helpers():
     source = """
 if triton is not None:
     @triton.jit
@@ -207,7 +227,7 @@ def probe(kernel: JITFunction, dtype: str, warps: int, **constants: int | str) -
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_the_check_can_fail(capability, fresh):
-    """Spills, too much shared memory and idle tensor cores are seen where there are any."""
+    """Spills, too much shared memory and idle tensor cores are detected."""
     spilling = probe(greedy_kernel, "*fp32", 1, N=16384)  # 512 numbers a thread, 255 registers
     found = compiled(spilling, capability, fresh)
     assert found["stack"] > 0
@@ -226,9 +246,9 @@ def test_the_check_can_fail(capability, fresh):
 
 @pytest.mark.slow
 def test_with_the_triton_of_older_torch(tmp_path):
-    """Triton 3.6, which torch 2.11 brings: all of the above again, in a process of its own."""
+    """Triton 3.6, which comes with torch 2.11: all of the above again, in a separate process."""
     if triton.__version__.startswith("3.6."):
-        pytest.skip("it is the one installed")
+        pytest.skip("it is the installed version")
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path)]
     env = os.environ | {"PIP_CONSTRAINT": ""}
     subprocess.run([*install, "triton==3.6.0"], check=True, env=env)

@@ -262,6 +262,20 @@ def test_one_gradient_alone_agrees(small):
         torch.testing.assert_close(found, true)
 
 
+def test_next_to_another_package_called_kernels(tmp_path):
+    """Hugging Face publishes one, which Transformers imports if it is installed."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("theirs = True\n")
+    code = (
+        "import kernels, common, training.model; assert kernels.theirs; "
+        "from kernels import head; assert common.optional_module('kernels.head') is head"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_under_the_interpreter():
     """The tests above that have `agree` in their name, with Triton's kernels on CPU tensors."""
     pytest.importorskip("triton")

@@ -6,19 +6,18 @@ The losses alone, of the same log-probs, are in test_trl_losses.py.
 """
 
 import math
-import signal
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import pair_rows, write_jsonl
-from test_logps import all_float64
+from conftest import all_float64, pair_rows, write_jsonl
 
 import common
 import cpo
 import dpo
 import kto
 import simpo
+from training import finish
 
 STEPS, BATCH, MICRO, LENGTH = 5, 8, 4, 64
 LR, CLIP = 5e-4, 2.0
@@ -29,27 +28,25 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _own_signal_handlers():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def runs(fresh_process, monkeypatch) -> list[common.Run]:
+    """The runs that were started, which log in memory and leave no report."""
+    started, init = [], common.Run.__init__
+
+    def start(run, args):
+        started.append(run)
+        run.logged = []
+        init(run, args)
+
+    monkeypatch.setattr(common.Run, "__init__", start)
+    monkeypatch.setattr(common.Run, "log", lambda run, record: run.logged.append(record))
+    monkeypatch.setattr(finish, "finish", lambda *_: None)
+    return started
 
 
 def losses_here(
-    method: ModuleType, start, dataset, held_out, monkeypatch, dtype="float32", **knobs
+    method: ModuleType, start, dataset, held_out, runs, dtype="float32", **knobs
 ) -> tuple[list[dict], list[int]]:
     """The metrics of every step, and the rows in the order in which they were used."""
-    runs, open_run = [], common.start
-
-    def keep(*args):
-        runs.append(open_run(*args))
-        return runs[-1]
-
-    monkeypatch.setattr(common, "start", keep)
-    monkeypatch.setattr(common, "beside", lambda module: None)  # no curves, no samples
-    logged = []
-    monkeypatch.setattr(common.Run, "log", lambda run, record, **more: logged.append(record | more))
     method.main(
         method.Args(
             model=str(start), dataset=str(dataset), eval_dataset=str(held_out), output_dir="here",
@@ -58,7 +55,7 @@ def losses_here(
             max_steps=STEPS, max_length=LENGTH, max_prompt_length=40, **knobs,
         )
     )  # fmt: skip
-    steps = [record for record in logged if "lr" in record]
+    steps = [record for record in runs[0].logged if "lr" in record]
     micros = [micro for step in range(STEPS) for micro in runs[0].step_rows(step)]
     assert {len(micro) for micro in micros} == {MICRO}
     return steps, [row for micro in micros for row in micro]
@@ -131,27 +128,26 @@ def labelled_rows(n: int, seed: int = 0) -> list[dict]:
 
 
 @pytest.fixture
-def mismatched_by_trl(monkeypatch) -> list[int]:
-    """kto.py takes the mismatched answers that TRL takes: of the row before, round in a circle, in
+def mismatched_by_trl(monkeypatch, runs) -> list[int]:
+    """kto.py takes the mismatched answers that TRL takes: of the row before, around a circle, in
     blocks of a step's rows. (Its own are a permutation of all rows, the same for any batch size.)
     Returns the rows in TRL's order, once the script has run.
     """
-    order, add_mismatched = [], kto.add_mismatched
+    order, mismatch = [], kto.mismatch
 
     def rotate(rows, givers, seed, max_length):
-        if rows is not givers:
-            return add_mismatched(rows, givers, seed, max_length)  # held-out rows
-        run = common.Run.current
-        run.plan(rows)  # the steps' rows depend on the seed alone
+        mismatched = mismatch(rows, givers, seed, max_length)
+        if rows is not givers:  # held-out rows
+            return mismatched
+        runs[0].plan(rows)  # the steps' rows depend on the seed only
         for step in range(STEPS):
-            block = [i for micro in run.step_rows(step) for i in micro]
-            answers = [rows.rows[i].responses[0] for i in block]
+            block = [i for part in runs[0].step_rows(step) for i in part]
             for at, i in enumerate(block):
-                rows.rows[i].responses = [answers[at], answers[at - 1]]
+                mismatched[i].responses = rows[block[at - 1]].responses
             order.extend(block)
-        rows.apart = True
+        return mismatched
 
-    monkeypatch.setattr(kto, "add_mismatched", rotate)
+    monkeypatch.setattr(kto, "mismatch", rotate)
     return order
 
 
@@ -196,17 +192,16 @@ CASES = {
 
 
 @pytest.fixture
-def both(checkpoints, tmp_path, monkeypatch, mismatched_by_trl):
+def both(checkpoints, tmp_path, runs, mismatched_by_trl):
     """both(case, ...): the steps here, TRL's steps, and the rows in the order of these steps."""
 
     def run(case: str, trl_micro: int, dtype: str = "float32"):
-        monkeypatch.chdir(tmp_path)
         method, knobs, trainer, trl_knobs, _ = CASES[case]
         make_rows = labelled_rows if method is kto else pair_rows
         start, rows = checkpoints("llama"), make_rows(STEPS * BATCH)
         dataset = write_jsonl(tmp_path / "rows.jsonl", rows)
         held_out = write_jsonl(tmp_path / "held-out.jsonl", make_rows(MICRO, seed=1))
-        ours, order = losses_here(method, start, dataset, held_out, monkeypatch, dtype, **knobs)
+        ours, order = losses_here(method, start, dataset, held_out, runs, dtype, **knobs)
         order = mismatched_by_trl or order
         assert sorted(order) == list(range(len(rows)))  # no row twice, none left out
         rows = [rows[i] for i in order]

@@ -1,9 +1,8 @@
-"""cpo_loss, simpo_loss, ipo_loss, orpo_loss and kto_loss against the code of TRL's CPOTrainer,
-DPOTrainer, ORPOTrainer and KTOTrainer: the same log-probs in, the same value and gradient out, in
-float64.
+"""The losses on pairs and labels against the code of TRL's trainers: the same log-probs give the
+same value and gradient, in float64.
 
-Their losses are methods that ask a model themselves. They get one that answers with tensors made
-here, on a trainer without its __init__, which has nothing but what they read.
+TRL's losses are methods that call a model. Here the model returns given tensors, and the trainer is
+made without its __init__, with only the attributes that the method reads.
 """
 
 from collections import defaultdict
@@ -14,10 +13,12 @@ import torch
 from torch import Tensor
 
 from cpo import cpo_loss
+from dpo import dpo_loss
 from ipo import ipo_loss
 from kto import kto_loss
 from orpo import orpo_loss
 from simpo import simpo_loss
+from slic import slic_loss
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}  # some ten float64 operations on numbers up to a hundred
 ACCELERATOR = SimpleNamespace(device="cpu", gather_for_metrics=lambda tensor: tensor)
@@ -38,7 +39,7 @@ REJECTED = (7, 2, 5, 6, 1, 3)
 
 
 def answers(generator: torch.Generator, lengths: tuple[int, ...], longest: int) -> dict:
-    """As TRL collates: prompt, answer, padding; labels are -100 but in the answer."""
+    """Collated as in TRL: prompt, answer, padding; labels are -100 outside the answer."""
     ids = torch.zeros(len(lengths), longest, dtype=torch.long)
     labels = torch.full_like(ids, -100)
     for b, (prompt, answer) in enumerate(zip(PROMPTS, lengths, strict=True)):
@@ -62,7 +63,7 @@ def pairs(scale: float) -> tuple[dict, Tensor]:
 
 
 def summed_logps(batch: dict, logits: Tensor) -> Tensor:
-    """(2, B): an answer's log-prob, one at a time."""
+    """(2, B): the log-prob of each answer, summed token by token."""
     logps, found = logits.log_softmax(-1), []
     for part, (name, lengths) in enumerate((("chosen", CHOSEN), ("rejected", REJECTED))):
         for b, (start, n) in enumerate(zip(PROMPTS, lengths, strict=True)):
@@ -103,7 +104,7 @@ def test_pairwise(ratio, beta, weight, scale):
         losses, metrics = cpo_loss(*logps, mean_length, beta, weight)
     else:
         lengths = torch.tensor([CHOSEN, REJECTED])
-        losses, metrics = simpo_loss(*logps, *lengths, mean_length, beta, ratio, weight)
+        losses, metrics = simpo_loss(*logps, *lengths, beta, ratio, weight, mean_length)
     close(losses.mean(), theirs)
     close(torch.autograd.grad(losses.mean(), logits)[0], slope)
     assert slope.abs().max() > 1e-3
@@ -113,14 +114,14 @@ def test_pairwise(ratio, beta, weight, scale):
         assert metrics["nll_loss"].mean().item() == pytest.approx(logged["nll_loss"], rel=1e-12)
 
 
-# -- ORPO and IPO
+# -- ORPO, and DPOTrainer: DPO, IPO and SLiC's hinge
 
 
 @pytest.mark.parametrize("scale", (0.3, 2.0, 8.0))
 @pytest.mark.parametrize("weight", (0.1, 5.0))
 def test_orpo(weight, scale):
-    """Their odds are computed in fp32. Their NLL is a mean over the tokens of the batch, prompts
-    included: the odds-ratio term is theirs alone, and ours without our NLL.
+    """TRL computes the odds in fp32, and its NLL is a mean over all tokens of the batch, prompts
+    included. Only the odds-ratio terms are compared.
     """
     from trl.experimental.orpo import ORPOTrainer
 
@@ -144,7 +145,7 @@ def test_orpo(weight, scale):
     torch.testing.assert_close(ours.item(), (theirs - nll).item(), **single)
     torch.testing.assert_close(torch.autograd.grad(ours, logits)[0], slope, **single)
     assert slope.abs().max() > 1e-3
-    means = logps / lengths  # what they log: of chosen answers, then of rejected ones
+    means = logps / lengths  # TRL logs these: of chosen answers, then of rejected ones
     for name, mean in zip(("chosen", "rejected"), means, strict=True):
         assert logged[f"logps/{name}"] == pytest.approx(mean.mean().item(), rel=1e-6)
     assert logged["log_odds_chosen"] == pytest.approx(
@@ -153,8 +154,17 @@ def test_orpo(weight, scale):
     assert logged["rewards/accuracies"] == metrics["rewards/accuracies"].mean().item()
 
 
+# TRL's name -> our loss of the same log-probs
+OURS = {
+    "sigmoid": lambda logps, ref, lengths, beta: dpo_loss(*logps, *ref, beta),
+    "ipo": lambda logps, ref, lengths, beta: ipo_loss(*logps, *ref, *lengths, beta),
+    "hinge": lambda logps, ref, lengths, beta: slic_loss(*logps, logps[0], *ref, beta, 1.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("loss_type", OURS)
 @pytest.mark.parametrize("beta", (0.01, 0.3, 5.0))
-def test_ipo(beta):
+def test_with_a_reference(beta, loss_type):
     from trl import DPOTrainer
 
     generator = torch.Generator().manual_seed(3)
@@ -166,7 +176,7 @@ def test_ipo(beta):
     ref_logps = ((2 * draw[1] - 3) * mask).sum(1).view(2, rows)
     unused = torch.zeros(mask.shape)
 
-    def model(**_) -> SimpleNamespace:  # log-probs of what is no answer are 0
+    def model(**_) -> SimpleNamespace:  # log-probs outside the answer are 0
         is_top1 = torch.zeros(mask.shape, dtype=torch.bool)
         found = {"entropy": unused, "mean_logits": unused, "is_top1": is_top1}
         return SimpleNamespace(log_probs=token_logps * mask, **found)
@@ -181,7 +191,7 @@ def test_ipo(beta):
     trainer = object.__new__(DPOTrainer)
     known = {
         "accelerator": SimpleNamespace(gather=lambda tensor: tensor, **vars(ACCELERATOR)),
-        "model": model, "loss_types": ["ipo"], "loss_weights": [1.0], "beta": beta,
+        "model": model, "loss_types": [loss_type], "loss_weights": [1.0], "beta": beta,
         "f_divergence_type": "reverse_kl", "ld_alpha": None, "precompute_ref_logps": True,
         "use_weighting": False, "aux_loss_enabled": False, "_tp_size": 1, "_total_train_tokens": 0,
         "_metrics": {"train": defaultdict(list)},
@@ -192,14 +202,13 @@ def test_ipo(beta):
     (slope,) = torch.autograd.grad(theirs, token_logps)
 
     logps = (token_logps * mask).sum(1).view(2, rows)
-    losses, metrics = ipo_loss(*logps, *ref_logps, *lengths.view(2, rows), beta)
+    losses, _ = OURS[loss_type](logps, ref_logps, lengths.view(2, rows), beta)
     close(losses.mean(), theirs)
     close(torch.autograd.grad(losses.mean(), token_logps)[0], slope)
-    assert slope.abs().max() > 1e-2
-    # Their rewards are of sums, whatever is compared.
-    _, sums = ipo_loss(*logps.detach(), *ref_logps, *lengths.view(2, rows), beta, False)
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
-        assert trainer._metrics["train"][name] == pytest.approx([sums[name].mean().item()])
+    assert slope.abs().max() > 1e-4
+    _, sums = dpo_loss(*logps.detach(), *ref_logps, beta)  # TRL's rewards are sums for any loss
+    for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert trainer._metrics["train"][key] == pytest.approx([sums[key].mean().item()])
 
 
 # -- KTO
@@ -219,7 +228,9 @@ def kto_of_trl(
     rows, tokens = token_logps.shape
     answers_of = {"": token_logps, "KL_": others}
     batch = {"label": desirable, "ref_logps": ref_logps, "ref_KL_logps": ref_others}
-    for at, name in enumerate(answers_of):  # the first token is the prompt; ids tell which is asked
+    for at, name in enumerate(
+        answers_of
+    ):  # the first token is the prompt; its id selects the answer
         batch[f"{name}input_ids"] = torch.full((rows, tokens + 1), at)
         batch[f"{name}attention_mask"] = torch.ones(rows, tokens + 1, dtype=torch.long)
         batch[f"{name}completion_mask"] = torch.ones(rows, tokens + 1, dtype=torch.long)
@@ -282,7 +293,7 @@ def test_kto(beta, weights, labels, drift):
     assert max(0.0, kl.item()) == pytest.approx(logged.pop("kl"), rel=1e-12, abs=1e-12)
     if drift:
         assert (kl > 0) == (drift > 0)
-    # TRL logs neither where a batch has no such answer; our weight of it is 0 then.
+    # If a batch has no such answer, TRL does not log the metric; ours has weight 0.
     for name in ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"):
         values, counts = metrics[name]
         assert (name in logged) == bool(counts.sum() > 0)

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Summaries of Reddit posts (TL;DR) with a small model: SFT, six ways to learn from pairs, greedy
-# summaries of held-out posts. The recipe is that of a master's thesis, github.com/martimfasantos/
-# MSc-Thesis; README.md beside this file has its numbers, and what differs here.
+# summaries of held-out posts. The recipe is that of a master's thesis,
+# github.com/martimfasantos/MSc-Thesis; README.md has its numbers and the differences.
 #
 #   results/thesis/summarisation.sh MODEL GPUS [flags for every training command]
 #   results/thesis/summarisation.sh tinyllama 4
 #   results/thesis/summarisation.sh gemma 4 --fsdp --gradient-checkpointing
 #   DRY_RUN=1 results/thesis/summarisation.sh tinyllama 4              # prints the commands only
 #
-# Killed? Started again it goes on: what is finished says so and is not done twice.
+# The same command continues a script that was killed; finished runs are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -27,17 +27,17 @@ esac
 batch=64 # 1 a device, 16 times accumulated, 4 devices
 gpus=${2:-}
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || stop "GPUS must be a number, 1 or more, got '$gpus'"
-((batch % gpus == 0)) || stop "a batch of $batch rows cannot be dealt to $gpus GPUs"
+((batch % gpus == 0)) || stop "a batch of $batch rows cannot be divided among $gpus GPUs"
 shift 2
 
 runs=runs/thesis/summarisation/$model
-# All of it, for not every model here has a row in the tables of the scripts (SETTINGS), and one
-# without takes the first. Left out: --micro-batch-size, which the scripts fit to the batch.
+# Every setting is given, because the models here may have no preset. Only --micro-batch-size is left
+# to the scripts.
 shared=(
   --dataset tldr --batch-size "$batch" --schedule cosine --warmup-ratio 0.1 --max-grad-norm 1
-  --max-length 2048 --max-prompt-length 1024 --eval-every 500 --save-every 500 "$@"
+  --max-length 2048 --max-prompt-length 256 --eval-every 500 --save-every 500 "$@"
 )
-demonstrations=(--epochs 1 --lr 1e-5 --optimizer adamw --train-on-prompt False "${shared[@]}")
+demonstrations=(--epochs 1 --lr 1e-5 --optimizer adamw --no-train-on-prompt "${shared[@]}")
 pairs=(--epochs 3 --lr 1e-7 --optimizer rmsprop --beta 0.1 "${shared[@]}")
 
 run() {

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Translation with a small model on MT-pref: SFT on the chosen translations, seven ways to learn
-# from pairs, greedy translations. The recipe is that of a master's thesis, github.com/
-# martimfasantos/MSc-Thesis; README.md beside this file has its numbers, and what differs here.
+# from pairs, greedy translations. The recipe is that of a master's thesis,
+# github.com/martimfasantos/MSc-Thesis; README.md has its numbers and the differences.
 #
 #   results/thesis/translation.sh MODEL GPUS [flags for every training command]
 #   results/thesis/translation.sh tinyllama 2
@@ -9,8 +9,8 @@
 #   TEST=wmt23-en-de.jsonl results/thesis/translation.sh eurollm 4     # {"prompt", "completion"}
 #   DRY_RUN=1 results/thesis/translation.sh tinyllama 2                # prints the commands only
 #
-# TEST: rows to translate; left out, the rows of MT-pref that training holds out. Killed? Started
-# again it goes on: what is finished says so and is not done twice.
+# TEST: rows to translate; default: the held-out rows of MT-pref. The same command continues a script
+# that was killed; finished runs are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -29,7 +29,7 @@ case $model in # batch: 1 a device, times accumulation, times devices
 esac
 gpus=${2:-}
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || stop "GPUS must be a number, 1 or more, got '$gpus'"
-((batch % gpus == 0)) || stop "a batch of $batch rows cannot be dealt to $gpus GPUs"
+((batch % gpus == 0)) || stop "a batch of $batch rows cannot be divided among $gpus GPUs"
 test=${TEST:-mt-pref} rows=(--dataset mt-pref)
 if [[ $test != mt-pref ]]; then
   [[ -f $test ]] || stop "TEST: there is no file $test in $PWD"
@@ -38,13 +38,13 @@ fi
 shift 2
 
 runs=runs/thesis/translation/$model
-# All of it, for none of these models has a row in the tables of the scripts (SETTINGS), and one
-# without takes the first. Left out: --micro-batch-size, which the scripts fit to the batch.
+# Every setting is given, because the models here may have no preset. Only --micro-batch-size is left
+# to the scripts.
 shared=(
   --dataset mt-pref --batch-size "$batch" --schedule cosine --warmup-ratio 0.1 --max-grad-norm 1
-  --max-length 2048 --max-prompt-length 1024 --eval-every 500 --save-every 500 "$@"
+  --max-length 2048 --max-prompt-length 256 --eval-every 500 --save-every 500 "$@"
 )
-demonstrations=(--epochs 1 --lr 1e-5 --optimizer adamw --train-on-prompt False "${shared[@]}")
+demonstrations=(--epochs 1 --lr 1e-5 --optimizer adamw --no-train-on-prompt "${shared[@]}")
 pairs=(--epochs 3 --lr 1e-7 --optimizer rmsprop --beta 0.1 "${shared[@]}")
 
 run() {

@@ -1,0 +1,1 @@
+"""Speed and memory of ours beside other libraries, both sides in one run."""

@@ -1,0 +1,1 @@
+"""What evaluate.py and compare.py are made of."""

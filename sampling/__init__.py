@@ -1,0 +1,1 @@
+"""Generate answers, score them, and keep both: what the online methods share."""

@@ -1,0 +1,172 @@
+"""Sampling from a policy: batched, with a key-value cache.
+
+A sample depends on the weights, its prompt, the seed and its number, but not on the other rows of
+its batch or on the number of processes: token t of sample k of prompt i is found by inverting the
+cumulative distribution at the one uniform number that belongs to (seed, i, k, t).
+
+The prompts of a batch are padded on the left and go through the model once. The cache is then
+copied for each of a prompt's K samples, and every row grows by one token per forward pass. A row
+that has ended leaves the batch, and nothing more is computed for it.
+
+With --fsdp, each process holds all weights in the compute dtype while it samples. Gathering them
+for every token would take much longer.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def generate(
+    policy: nn.Module,  # common.Policy
+    prompts: list[np.ndarray],  # token ids, BOS included
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    temperature: float,  # 0: greedy
+    seed: int,
+    run: Any,  # common.Processes
+    batch_size: int = 256,  # sequences; all samples of a prompt are in one batch
+    label: str = "sampling",  # of the progress bar
+    samples: int = 1,  # K responses per prompt
+    top_k: int = 0,  # draw from the k most likely tokens only; 0: from all
+    first: int = 0,  # number of the first prompt, if these are part of a longer list
+) -> list[np.ndarray]:
+    """Return K responses per prompt, prompt by prompt, on every process.
+
+    A response that was finished ends with its stop token.
+    """
+    if temperature == 0 and samples > 1:
+        raise ValueError(f"greedy decoding gives {samples} equal samples: ask for one")
+    config = policy.lm.config
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    eager = config._attn_implementation == "eager" or softcap
+    per_process = -(-len(prompts) // run.world)  # so that no process is left without work
+    size = max(1, min(batch_size // samples, per_process))  # prompts in a batch
+    if policy.lm.dtype == torch.float64 and eager:
+        size = 1  # Transformers computes this softmax in fp32, where a row of padding is NaN
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    parts = [longest_first[at : at + size] for at in range(0, len(prompts), size)]
+    found = torch.full((len(prompts), samples, max_new_tokens), -1, dtype=torch.int32)
+    with _attention_for_sampling(policy), _gathered(policy):
+        for part, mine in run.share(parts, label):
+            # NumPy seeds [seed, i] and [seed, i, 0] alike: one sample is the first of many.
+            uniforms = [
+                np.random.default_rng([seed, first + i, k]).random(max_new_tokens)
+                for i in part
+                for k in range(samples)
+            ]
+            with policy.autocast():  # around all tokens, so that weights are cast once
+                new = _generate_batch(
+                    policy,
+                    [prompts[i] for i in part],
+                    stop_ids,
+                    temperature,
+                    torch.from_numpy(np.stack(uniforms)),
+                    samples,
+                    top_k,
+                )
+            if mine:
+                found[part] = new.view(len(part), samples, -1).to("cpu", torch.int32)
+    if run.world > 1:  # each row was made by one process and is -1 on the others
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return [row[row >= 0].numpy() for row in found.flatten(0, 1)]
+
+
+def _gathered(policy: nn.Module) -> AbstractContextManager:
+    if not hasattr(next(policy.parameters()), "full_tensor"):  # not sharded
+        return nullcontext()
+    from training.fsdp import gathered
+
+    return gathered(policy)
+
+
+@contextmanager
+def _attention_for_sampling(policy: nn.Module) -> Iterator[None]:
+    """Avoid recompilation: the cache grows with every token, and flex_attention and compiled layers
+    would be compiled again for each length.
+    """
+    config = policy.lm.config
+    chosen, compiled = config._attn_implementation, getattr(policy, "compiled", False)
+    if chosen == "flex_attention":
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        policy.lm.set_attn_implementation("eager" if softcap else "sdpa")
+    try:
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
+    finally:
+        if chosen == "flex_attention":
+            policy.lm.set_attn_implementation(chosen)
+
+
+def _generate_batch(
+    policy: nn.Module,
+    prompts: list[np.ndarray],
+    stop_ids: frozenset[int],
+    temperature: float,
+    uniforms: Tensor,  # (B * K, max_new_tokens) in [0, 1)
+    samples: int,  # K
+    top_k: int,
+) -> Tensor:
+    """Return (B * K, max_new_tokens) new tokens, -1 after the end of a row."""
+    device, width = policy.lm.device, max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):  # padded on the left: all rows grow on the right
+        ids[i, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask[i, width - len(prompt) :] = 1
+    ids, mask, uniforms = ids.to(device), mask.to(device), uniforms.to(device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # a row's first real token has position 0
+    stops = torch.tensor(sorted(stop_ids), device=device)
+    found = torch.full(uniforms.shape, -1, device=device)
+    rows = torch.arange(len(found), device=device)  # the row of `found` of each row of the batch
+    cache = None
+    for t in range(uniforms.shape[1]):
+        out = policy.next_logits(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        cache, logits, positions = out.past_key_values, out.logits[:, -1], positions[:, -1:]
+        if t == 0 and samples > 1:  # from B prompts to B * K rows
+            cache.batch_repeat_interleave(samples)
+            logits, mask, positions = (
+                x.repeat_interleave(samples, 0) for x in (logits, mask, positions)
+            )
+        token = _draw(logits, temperature, top_k, uniforms[rows, t, None])
+        found[rows, t] = token
+        unfinished = (~torch.isin(token, stops)).nonzero()[:, 0]
+        if not len(unfinished):
+            break
+        if len(unfinished) < len(rows):
+            cache.batch_select_indices(unfinished)
+            token, mask, positions, rows = (x[unfinished] for x in (token, mask, positions, rows))
+        ids, positions = token[:, None], positions + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+    return found
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int, uniforms: Tensor) -> Tensor:
+    """Return (R,) tokens: of each row of logits (R, V), the one at its uniform number (R, 1)."""
+    device, logits = logits.device, logits.double()
+    if temperature == 0:
+        return logits.argmax(-1)
+    if 0 < top_k < logits.shape[-1]:  # tokens that tie with the k-th stay, as in Transformers
+        kth = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    probabilities = logits.div_(temperature).softmax(-1)  # in place: (R, V) in float64 is large
+    # CUDA's cumsum is not bit for bit reproducible, so --deterministic would refuse it.
+    exact = torch.are_deterministic_algorithms_enabled()
+    cumulative = probabilities.to("cpu" if exact else device).cumsum_(-1)
+    # The uniform is scaled to the last entry, not to 1: rounding never steps past the end.
+    target = uniforms.to(cumulative) * cumulative[:, -1:]
+    place = torch.searchsorted(cumulative, target, right=True)[:, 0].to(device)
+    return place.clamp(max=logits.shape[-1] - 1)
+
+
+def text_of(ids: np.ndarray, tokenizer: Any) -> str:
+    """Return a response as text, without its end."""
+    return tokenizer.decode([int(i) for i in ids if int(i) not in tokenizer.stop_ids])

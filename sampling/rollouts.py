@@ -1,0 +1,248 @@
+"""Rollouts: what online methods share and no paper has an opinion about.
+
+A method file shows its stages: sample, score, log-probs, advantages, update. Here are the parts of
+them that are equal in all: models and their checks, sampled responses and what is known of their
+tokens, the order of minibatches, alarms, evaluation on held-out prompts.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import common
+from data.models import resolve_model
+from sampling.generate import generate, text_of
+from sampling.rewards import check_reward, load_reward, reads_tokens_of
+from sampling.score_model import ScoreModel, fresh_head, labels_of, load_score_model
+from training import evaluation, lora, reference
+from training.parallel import hash_of, snake_order
+
+EVALUATED = 256  # held-out prompts that an evaluation samples a response to
+SHOWN = 4  # responses of a step that go to rollouts.jsonl
+RATIO_ERROR = 0.01  # before any update; rounding in bfloat16 stays below it
+
+
+def check_args(args: common.Args, positive: str) -> None:
+    """Refuse values that cannot work, before anything is loaded. (Run refuses negative ones.)"""
+    if not args.reward:
+        kinds = "a reward model (reward_model.py makes one), a@b, family, or file.py:function"
+        raise common.UserError(f"--reward is needed: {kinds}")
+    for name in positive.split():
+        if not getattr(args, name):
+            raise common.UserError(f"--{name.replace('_', '-')} must be positive")
+    if getattr(args, "samples", 2) < 2:
+        raise common.UserError(f"--samples must be 2 or more, got {args.samples}")
+    check_reward(args.reward)
+    if args.gold_reward == "none":  # turns off the gold reward of a preset
+        args.gold_reward = None
+    if args.gold_reward:
+        check_reward(args.gold_reward, "--gold-reward")
+    if getattr(args, "value_model", None):
+        resolve_model(args.value_model, "--value-model")
+
+
+@dataclass
+class Rollout:
+    """Sampled responses, all of them on every process; those to one prompt are consecutive."""
+
+    rows: list[common.Row]  # a prompt and its response, as token ids
+    mask: Tensor  # (N, T) bool: the tokens of each response
+    ended: Tensor  # (N,) bool: the response has an end-of-sequence token
+    scores: Tensor | None = None  # (N,) float64
+    logps: Tensor | None = None  # (N, T) float64
+    ref_logps: Tensor | None = None  # (N, T)
+    values: Tensor | None = None  # (N, T)
+
+    @property
+    def prompts(self) -> list[np.ndarray]:
+        return [row.prompt for row in self.rows]
+
+    @property
+    def responses(self) -> list[np.ndarray]:
+        return [row.responses[0] for row in self.rows]
+
+    def metrics(self, kl_coef: float | None = None) -> dict[str, Tensor]:
+        """One value per response. With `kl_coef` also the score less the weighted KL."""
+        metrics = {
+            "objective/scores": self.scores,
+            "length/response": self.mask.sum(1).double(),
+            "val/ended": self.ended.double(),
+        }
+        if self.logps is not None:
+            metrics["objective/entropy"] = -self.logps.sum(1)  # an estimate, from these samples
+        if self.ref_logps is not None:
+            metrics["objective/kl"] = (self.logps - self.ref_logps).sum(1)
+        if kl_coef is not None:
+            metrics["objective/rlhf_reward"] = self.scores - kl_coef * metrics["objective/kl"]
+        return metrics
+
+    def part(self, indexes: list[int], like: Tensor, *tensors: Tensor) -> list[Tensor]:
+        """The mask and `tensors` ((N,) or (N, T)) of some responses, cut to the T of `like`."""
+        cut = lambda x: x[indexes] if x.dim() == 1 else x[indexes, : like.shape[1]]  # noqa: E731
+        return [cut(self.mask).to(like.device), *(cut(x).to(like) for x in tensors)]
+
+
+class Online:
+    """The models of an online method. The policy is trained, the others are frozen.
+
+    A reference is loaded if `with_reference` or --ref-model asks for one. With adapters it is the
+    policy without them.
+    """
+
+    def __init__(self, args: common.Args, run: common.Run, tokenizer, *, with_reference=True):
+        self.args, self.run, self.tokenizer = args, run, tokenizer
+        self.policy = common.load_policy(args, run, name="policy")
+        self.reference, self._as_reference = None, nullcontext  # around its forward pass
+        if getattr(args, "ref_model", None):
+            self.reference = reference.load(args, run, common.load_policy, self.policy.config)
+        elif with_reference and args.lora_rank:
+            common.say("reference", "the policy without its adapters")
+            self.reference, self._as_reference = self.policy, lambda: lora.off(self.policy.lm)
+        elif with_reference:
+            self.reference = common.load_policy(args, run, name="reference", frozen=True)
+        self.reward, self.gold = load_reward(args.reward, tokenizer, args, run), None
+        if args.gold_reward:
+            self.gold = load_reward(args.gold_reward, tokenizer, args, run, "gold")
+        # A checkpoint is refused if one of these has changed since. (A function may be corrected.)
+        if getattr(args, "ref_model", None):
+            run.made_from["--ref-model"] = self.reference.digest
+        scorers = [model for model in (self.reward.model, self.reward.other) if model]
+        run.made_from["--reward"] = " ".join(model.digest for model in scorers)
+
+    def load_value_model(self, start: str) -> ScoreModel:
+        """A value network, from a reward model or from a language model with a head of zeros."""
+        if self.args.value_model:
+            theirs = common.load_tokenizer(start)
+            if not reads_tokens_of(theirs, self.tokenizer):
+                raise common.UserError(f"--value-model {start} has another tokenizer than --model")
+        value_model = load_score_model(self.args, self.run, start, name="value")
+        if value_model.lm.get_input_embeddings().weight.shape[0] < len(self.tokenizer):
+            raise common.UserError(f"--value-model {start} has a smaller vocabulary than --model")
+        if not labels_of(start):
+            fresh_head(value_model, std=0.0, seed=self.args.seed)
+        return value_model
+
+    @torch.no_grad()
+    def sample(self, prompts: list[np.ndarray], samples: int, step: int) -> Rollout:
+        """Responses at --temperature, of at most --max-length - --max-prompt-length tokens."""
+        args, stop_ids, seed = self.args, self.tokenizer.stop_ids, hash_of(self.args.seed, step)
+        room = args.max_length - args.max_prompt_length
+        responses = generate(
+            self.policy, prompts, stop_ids, room, args.temperature, seed, self.run, samples=samples
+        )
+        prompts = [prompt for prompt in prompts for _ in range(samples)]
+        pairs = zip(prompts, responses, strict=True)
+        rows = [common.Row(x, [y], x) for x, y in pairs]
+        lengths = torch.tensor([len(y) for y in responses])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]  # (N, T)
+        return Rollout(rows, mask, torch.tensor([int(y[-1]) in stop_ids for y in responses]))
+
+    def final_scores(self, rollout: Rollout) -> Tensor:
+        """(N,) what --reward gives, and for a response without an end what --missing-eos says."""
+        scores = self.reward(rollout.prompts, rollout.responses)
+        value = self.args.missing_eos_value
+        without_end = {"replace": torch.full_like(scores, -value), "subtract": scores - value}
+        without_end = without_end.get(self.args.missing_eos, scores)
+        return torch.where(rollout.ended, scores, without_end)
+
+    def logps(self, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor | None]:
+        """(N, T) log-probs of every token by the policy and by the reference, if there is one."""
+
+        def reference_logps(batch: common.MicroBatch) -> Tensor:
+            with self._as_reference():
+                return self.reference(batch, temperature)
+
+        logps = self.per_token(rollout, lambda batch: self.policy(batch, temperature))
+        if self.reference is None:
+            return logps, None
+        return logps, self.per_token(rollout, reference_logps, "reference")
+
+    @torch.no_grad()
+    def per_token(self, rollout: Rollout, forward: Callable, label: str = "log-probs") -> Tensor:
+        """(N, T) in float64, which holds float32 exactly, from what `forward` returns, (B, 1, T).
+
+        Micro-batches are those of the first epoch, so that the first update computes the very same
+        numbers: its ratios are exactly 1 in float32.
+        """
+        found = torch.zeros(rollout.mask.shape, dtype=torch.float64)
+        micro_batches = [one for several in self.minibatches(rollout) for one in several]
+        for indexes, mine in self.run.share(micro_batches, label):
+            values = forward(common.collate(rollout.rows, indexes, self.run.device))[:, 0]  # (B, T)
+            if mine:
+                found[indexes, : values.shape[1]] = values.double().cpu()
+        return common.sum_over_processes(found)
+
+    def minibatches(self, rollout: Rollout, epochs: int = 1) -> list[list[list[int]]]:
+        """The micro-batches of each minibatch, over all processes; in a new order each epoch."""
+        args, lengths, found = self.args, [row.length() for row in rollout.rows], []
+        for epoch in range(epochs):
+            random = np.random.default_rng([args.seed, self.run.step, epoch])
+            # No rest in training (run.plan checks it); held-out prompts may have one.
+            for part in np.array_split(random.permutation(len(lengths)), args.minibatches):
+                parts = common.micro_batches(lengths, part.tolist(), args.micro_batch_size)
+                found.append(snake_order(parts, self.run.world))
+        return found
+
+    def collate(self, rows: list[common.Row], indexes: list[int]) -> common.MicroBatch:
+        """A micro-batch to learn from; its tokens count for tokens_per_second."""
+        self.run.tokens += sum(rows[i].tokens() for i in indexes)
+        return common.collate(rows, indexes, self.run.device)
+
+    def check_ratios(self, logps: Tensor, old_logps: Tensor, mask: Tensor) -> None:
+        """Warn if ratios (B, T) of the first minibatch are not 1. Only the main process prints."""
+        error = (logps.detach() - old_logps).expm1().abs()[mask].max().item()
+        if error > RATIO_ERROR:
+            self.run.print(f"step {self.run.step + 1}: ratios {error:.3f} off 1 before any update")
+
+    def watch(self, rollout: Rollout, **values: Tensor) -> None:
+        """Append a few responses with their (N,) values to rollouts.jsonl. Print new alarms."""
+        run, metrics = self.run, rollout.metrics()
+        values = {"score": rollout.scores, "ended": rollout.ended, **values}
+        if "objective/kl" in metrics:
+            values["kl"] = metrics["objective/kl"]
+        records = []
+        for i, row in enumerate(rollout.rows[:SHOWN]):
+            response = text_of(row.responses[0], self.tokenizer)
+            shown = {"prompt": self.tokenizer.decode(row.prompt), "response": response}
+            shown |= {name: x[i].item() for name, x in values.items()}
+            records.append({"step": run.step + 1, **shown})
+        run.append("rollouts.jsonl", records)
+        means = {name: float(x.mean()) for name, x in metrics.items()}
+        found = alarms(means, run.state.setdefault("first", means))
+        for name, text in found.items():
+            if name not in run.state.get("alarmed", []):  # once, until it is over
+                run.print(f"step {run.step + 1}: alarm: {text}")
+        run.state["alarmed"] = list(found)
+
+    def evaluate(self, held_out: list, roll_out: Callable, metrics_of: Callable) -> None:
+        """Sample a response to some held-out prompts and log metrics_of(roll_out(...))."""
+        run = self.run
+        if held_out and run.due(self.args.eval_every):
+            prompts = [row.prompt for row in held_out[:EVALUATED]]
+            rollout = roll_out(prompts, samples=1, step=-1)
+            metrics = {name: float(x.mean()) for name, x in metrics_of(rollout).items()}
+            if self.gold:
+                metrics["objective/gold"] = float(self.gold(prompts, rollout.responses).mean())
+            evaluation.log_held_out(run, metrics)
+        evaluation.greedy_samples(run, held_out, self.tokenizer)
+        run.clock = time.perf_counter()  # the time of a step is without its evaluation
+
+
+def alarms(now: dict[str, float], first: dict[str, float]) -> dict[str, str]:
+    """Signs of a collapse, by name, in means over the responses of a step and of the first step."""
+    length, start = now["length/response"], first["length/response"]
+    kl, entropy = now.get("objective/kl", 0.0) / length, now["objective/entropy"] / length
+    usual = max(first["objective/entropy"] / start, 1e-3)
+    found = {}
+    if kl > 1:
+        found["KL"] = f"KL {kl:.2f} nats a token: the policy is far from its reference"
+    if not start / 2 <= length <= start * 2:
+        found["length"] = f"responses of {length:.1f} tokens, {start:.1f} in the first step"
+    if not usual / 5 <= entropy <= usual * 2:
+        found["entropy"] = f"entropy {entropy:.2f} nats a token, {usual:.2f} in the first step"
+    return found

@@ -1,0 +1,329 @@
+"""Sampling: a batch gives what each prompt gives alone, greedy is Transformers' greedy, and samples
+follow the softmax.
+"""
+
+import signal
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ARCHITECTURES
+
+import common
+from family import task
+from sampling.generate import _draw, generate, text_of
+
+VOCABULARY = 300  # ids that the models and the tokenizers of these tests both have
+NEVER = frozenset([10_000])  # a stop id outside the vocabulary of 320
+
+
+@pytest.fixture(scope="module")
+def run():
+    """One process; pytest gets its signal handlers back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield common.Processes()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def policy_of(checkpoints, run):
+    def load(architecture: str, dtype: str = "float32") -> common.Policy:
+        args = common.Args(model=str(checkpoints(architecture)), dtype=dtype)
+        return common.load_policy(args, run)
+
+    return load
+
+
+def random_prompts(lengths=(3, 20, 1, 11, 20, 7, 40), seed: int = 0) -> list[np.ndarray]:
+    """Prompts of very different lengths; sliding windows are 8."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, VOCABULARY, n).astype(np.int32) for n in lengths]
+
+
+def lists(answers: list[np.ndarray]) -> list[list[int]]:
+    return [answer.tolist() for answer in answers]
+
+
+def next_token_probabilities(policy, ids: np.ndarray, temperature: float) -> np.ndarray:
+    with torch.no_grad():
+        logits = policy.lm(input_ids=torch.tensor([ids.tolist()]), use_cache=False).logits[0, -1]
+    return (logits.double() / temperature).softmax(-1).numpy()
+
+
+def chi_square(counts: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+    """Pearson's statistic and its mean plus five standard deviations. Values that are expected
+    fewer than 5 times form one class.
+    """
+    rare = expected < 5
+    if rare.any():
+        counts = np.append(counts[~rare], counts[rare].sum())
+        expected = np.append(expected[~rare], expected[rare].sum())
+    free = len(counts) - 1
+    return ((counts - expected) ** 2 / expected).sum(), free + 5 * (2 * free) ** 0.5
+
+
+# -- greedy
+
+
+@pytest.mark.parametrize("dtype", ("float32", "float64"))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_batch_gives_what_each_prompt_gives_alone(architecture, dtype, policy_of, run):
+    """Left padding, positions and the cache are right, also beyond a sliding window."""
+    policy, prompts = policy_of(architecture, dtype), random_prompts()
+    together = generate(policy, prompts, NEVER, 24, 0.0, 0, run)
+    alone = [generate(policy, [prompt], NEVER, 24, 0.0, 0, run)[0] for prompt in prompts]
+    assert lists(together) == lists(alone)
+    assert {len(answer) for answer in together} == {24}
+    # Not a constant, which would be equal whatever was wrong.
+    assert len({tuple(answer) for answer in lists(together)}) > len(prompts) / 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_is_that_of_transformers(architecture, checkpoints, policy_of, run):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoints(architecture), dtype=torch.float32, attn_implementation="eager"
+    )
+    prompts = random_prompts()
+    ours = generate(policy_of(architecture), prompts, NEVER, 24, 0.0, 0, run)
+    for prompt, answer in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt.tolist()])
+        theirs = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24,
+            eos_token_id=sorted(NEVER), pad_token_id=0,
+        )  # fmt: skip
+        assert theirs[0, len(prompt) :].tolist() == answer.tolist()
+
+
+def test_bfloat16(policy_of, run):
+    answers = generate(policy_of("llama", "bfloat16"), random_prompts(), NEVER, 6, 0.0, 0, run)
+    assert {len(answer) for answer in answers} == {6}
+    assert all(0 <= token < 320 for answer in answers for token in answer)
+
+
+def test_stops_at_any_of_several_ids(policy_of, run):
+    """Each row ends with its own first stop token; the others go on, and none is affected."""
+    policy, prompts = policy_of("llama", "float64"), random_prompts()
+    uncut = lists(generate(policy, prompts, NEVER, 24, 0.0, 0, run))
+    stops = frozenset([uncut[0][5], uncut[1][2], uncut[3][0]])
+    cut = lists(generate(policy, prompts, stops, 24, 0.0, 0, run))
+    for long, short in zip(uncut, cut, strict=True):
+        ends = [i for i, token in enumerate(long) if token in stops]
+        assert short == (long[: ends[0] + 1] if ends else long)
+    assert len({len(answer) for answer in cut}) >= 3
+    assert [lists(generate(policy, [p], stops, 24, 0.0, 0, run))[0] for p in prompts] == cut
+    assert lists(generate(policy, prompts, NEVER, 4, 0.0, 0, run)) == [x[:4] for x in uncut]
+
+
+def test_what_cannot_be_asked(policy_of, run):
+    policy = policy_of("llama")
+    with pytest.raises(ValueError, match="ask for one"):
+        generate(policy, random_prompts(), NEVER, 4, 0.0, 0, run, samples=2)
+    assert generate(policy, [], NEVER, 4, 1.0, 0, run, samples=3) == []
+
+
+# -- samples
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_sample_depends_on_its_prompt_seed_and_number_only(architecture, policy_of, run):
+    """Not on the batch size, the number of samples, or the other prompts; windows included."""
+    policy, prompts = policy_of(architecture, "float64"), random_prompts()
+    stops = frozenset(range(0, 320, 12))
+
+    def sample(samples: int, size: int = 256, prompts=prompts) -> list[list[list[int]]]:
+        made = lists(generate(policy, prompts, stops, 12, 1.0, 5, run, size, samples=samples))
+        assert len(made) == samples * len(prompts)
+        return [made[i * samples : (i + 1) * samples] for i in range(len(prompts))]
+
+    expected = sample(5)
+    assert [len({tuple(answer) for answer in of}) for of in expected] == [5] * len(prompts)
+    assert len({len(answer) for of in expected for answer in of}) > 5  # they end here and there
+    for samples, size in ((5, 1), (5, 12), (3, 256), (2, 7), (1, 256), (1, 2)):
+        assert sample(samples, size) == [of[:samples] for of in expected]
+    others = random_prompts((30, 2, 9, 1, 1, 25, 3), seed=1)
+    for i in (0, 3, 6):
+        mixed = [*others[:i], prompts[i], *others[i + 1 :]]
+        assert sample(5, prompts=mixed)[i] == expected[i]
+
+
+def test_seeds_and_numbers(policy_of, run):
+    """Each (seed, prompt, sample) has its own stream; prompts can be numbered from elsewhere."""
+    policy, (prompt,) = policy_of("llama", "float64"), random_prompts((6,))
+
+    def sample(n: int, seed: int, **more) -> list[list[int]]:
+        return lists(generate(policy, [prompt] * n, NEVER, 12, 1.0, seed, run, **more))
+
+    torch.manual_seed(0)
+    drawn = sample(4, 1, samples=4) + sample(4, 2, samples=4)
+    assert len({tuple(answer) for answer in drawn}) == 32
+    torch.manual_seed(1)  # torch's generator plays no part
+    assert sample(2, 1, samples=4, first=2) == drawn[8:16]
+    assert sample(1, 1, first=3) == drawn[12:13]
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.25))
+def test_samples_follow_the_softmax(temperature, policy_of, run):
+    """The first token, and the second given the most frequent first, by chi-square."""
+    n = 6000
+    policy, (prompt,) = policy_of("llama"), random_prompts((5,))
+    samples = np.stack(generate(policy, [prompt] * n, NEVER, 2, temperature, 3, run, 3000))
+    counts = np.bincount(samples[:, 0], minlength=320)
+    found, most = chi_square(counts, n * next_token_probabilities(policy, prompt, temperature))
+    assert found < most
+    # The test would notice if the temperature were left out.
+    found, most = chi_square(counts, n * next_token_probabilities(policy, prompt, 0.6))
+    assert found > most
+    frequent = counts.argmax()
+    given = samples[samples[:, 0] == frequent, 1]
+    second = next_token_probabilities(policy, np.append(prompt, frequent), temperature)
+    # Every token is expected rarely, so that a class is a tenth of them, sorted by probability.
+    tenth = np.minimum(np.argsort(np.argsort(second)) * 10 // len(second), 9)
+    expected = np.bincount(tenth, second, 10) * len(given)
+    found, most = chi_square(np.bincount(tenth[given], minlength=10), expected)
+    assert len(given) > 5 and found < most
+
+
+# Of the embedded model, float32, temperature 1, seed 1: each answer up to its end.
+PUBLISHED = """Jonas|Erik|Clara, Gina|Cid, Gina|Gus|Ida|Joel, Lou|Jonas|Mila|Rosa, Bea, Asa|
+Luis, Dora, Omar|Lena, Erik|Sven, Dara, Jack|Luis|Tilda|Viktor|Judith, Amir, Felix|Olga, Una|
+Erik, Nora|Ines, Theo, Pia|Lou|Yuri, Una|Erik|Omar""".replace("\n", "").split("|")
+
+
+def test_samples_are_those_that_they_were(run):
+    """Published results came from these samples."""
+    tokenizer = common.load_tokenizer("tiny")
+    policy = common.load_policy(common.Args(dtype="float32"), run)
+    prompts = [np.array(tokenizer(x).input_ids, np.int32) for x in task.test_prompts(24)]
+    answers = generate(policy, prompts, tokenizer.stop_ids, 16, 1.0, 1, run)
+    assert [text_of(answer, tokenizer).strip() for answer in answers] == PUBLISHED
+
+
+def test_text_of_leaves_out_the_end(checkpoints):
+    tokenizer = common.load_tokenizer(str(checkpoints("qwen2")), 64)
+    ids = tokenizer(" the cat", add_special_tokens=False).input_ids
+    for end in ([], [tokenizer.eos_token_id]):
+        assert text_of(np.array(ids + end, np.int32), tokenizer) == " the cat"
+
+
+# -- what is computed
+
+
+@contextmanager
+def passes_of(policy):
+    """A list of (rows, columns, real tokens, whether it is the first) of each forward pass."""
+    seen = []
+
+    def look(module, args, inputs):
+        first, ids = inputs["past_key_values"] is None, inputs["input_ids"]
+        real = int(inputs["attention_mask"].sum()) if first else ids.numel()
+        seen.append((*ids.shape, real, first))
+
+    handle = policy.lm.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def test_samples_share_the_prefill(policy_of, run):
+    """A prompt's tokens go through the model once, however many samples it has."""
+    policy, prompts = policy_of("llama"), random_prompts()
+    for samples, size, parts in ((1, 256, 1), (16, 256, 1), (4, 8, 4), (9, 4, 7)):
+        with passes_of(policy) as passes:
+            generate(policy, prompts, NEVER, 3, 1.0, 0, run, size, samples=samples)
+        prefills = [p for p in passes if p[3]]
+        assert len(prefills) == parts
+        assert sum(real for _, _, real, _ in prefills) == sum(map(len, prompts))
+        later = [p for p in passes if not p[3]]
+        assert sum(rows for rows, *_ in later) == 2 * samples * len(prompts)
+        assert max(rows for rows, *_ in later) <= max(size, samples)
+        assert {columns for _, columns, _, _ in later} == {1}
+
+
+@pytest.mark.parametrize("samples", (1, 6))
+def test_rows_that_have_ended_are_not_computed(samples, policy_of, run):
+    policy, prompts = policy_of("mistral"), random_prompts()
+    stops = frozenset(range(0, 320, 8))
+    with passes_of(policy) as passes:
+        answers = generate(policy, prompts, stops, 20, 1.0, 2, run, samples=samples)
+    assert len({len(answer) for answer in answers}) > 3
+    unfinished = [
+        sum(len(a) > t or (len(a) == t and int(a[-1]) not in stops) for a in answers)
+        for t in range(1, 20)
+    ]
+    assert [rows for rows, _, _, first in passes if not first] == [n for n in unfinished if n]
+
+
+@pytest.mark.parametrize("architecture", ("llama", "gemma2"))
+def test_flex_attention_is_not_used_for_sampling(architecture, policy_of, run):
+    policy, prompts = policy_of(architecture), random_prompts()
+    usual = policy.lm.config._attn_implementation
+    expected = lists(generate(policy, prompts, NEVER, 3, 0.0, 0, run))
+    policy.lm.set_attn_implementation("flex_attention")
+    seen = []
+    policy.lm.register_forward_pre_hook(
+        lambda lm, _: seen.append(lm.config._attn_implementation) or None
+    )
+    assert lists(generate(policy, prompts, NEVER, 3, 0.0, 0, run)) == expected
+    assert set(seen) == {usual}
+    assert policy.lm.config._attn_implementation == "flex_attention"
+
+
+# -- top-k and the uniform number
+
+
+def test_top_k_is_the_softmax_of_the_k_likeliest(policy_of, run):
+    """Probabilities in proportion; nothing else is ever drawn."""
+    n, k, temperature = 4000, 7, 0.25
+    policy, (prompt,) = policy_of("llama"), random_prompts((5,))
+    samples = generate(policy, [prompt], NEVER, 1, temperature, 3, run, samples=n, top_k=k)
+    probabilities = next_token_probabilities(policy, prompt, temperature)
+    likeliest = np.argsort(-probabilities)[:k]
+    counts = np.bincount(np.concatenate(samples), minlength=320)
+    assert set(counts.nonzero()[0].tolist()) == set(likeliest.tolist())
+    counts, allowed = counts[likeliest], probabilities[likeliest]
+    found, most = chi_square(counts, n * allowed / allowed.sum())
+    assert found < most
+    allowed = allowed**temperature  # as if the temperature were left out
+    found, most = chi_square(counts, n * allowed / allowed.sum())
+    assert found > most
+
+
+def test_top_k_of_one_is_greedy_and_of_all_is_no_limit(policy_of, run):
+    policy, prompts = policy_of("qwen2", "float64"), random_prompts()
+    greedy = lists(generate(policy, prompts, NEVER, 8, 0.0, 0, run))
+    assert lists(generate(policy, prompts, NEVER, 8, 1.0, 5, run, top_k=1)) == greedy
+    usual = lists(generate(policy, prompts, NEVER, 8, 1.0, 5, run))
+    for k in (0, 320, 1000):
+        assert lists(generate(policy, prompts, NEVER, 8, 1.0, 5, run, top_k=k)) == usual
+
+
+EVERY_UNIFORM = torch.tensor([i / 512 for i in range(512)] + [1 - 2.0**-53], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "k, allowed", [(1, [1]), (2, [1, 2, 4, 6]), (5, [1, 2, 4, 6, 7]), (0, [0, 1, 2, 3, 4, 6, 7])]
+)
+def test_tokens_that_tie_with_the_kth_are_drawn_too(k, allowed):
+    """The smallest and the largest number that a generator can give select tokens like any other,
+    and never one that top-k leaves out.
+    """
+    logits = torch.tensor([[1.0, 3.0, 2.0, 0.0, 2.0, -9.0, 2.0, 1.5]])
+    drawn = _draw(logits.repeat(len(EVERY_UNIFORM), 1), 1.0, k, EVERY_UNIFORM[:, None])
+    assert drawn.unique().tolist() == allowed
+    assert drawn[0] == allowed[0] and drawn[-1] == allowed[-1]
+
+
+def test_each_row_is_drawn_by_its_own_logits_and_uniform():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 40, generator=generator)
+    uniforms = torch.rand(50, 1, dtype=torch.float64, generator=generator)
+    together = _draw(logits.clone(), 0.7, 5, uniforms)
+    for row, uniform, token in zip(logits.double(), uniforms, together, strict=True):
+        weights = (row / 0.7).exp()
+        kept = sorted(row.argsort(descending=True)[:5].tolist())
+        cumulative = (weights[kept] / weights[kept].sum()).cumsum(0)
+        assert token == kept[int((cumulative <= uniform).sum())]

@@ -1,0 +1,574 @@
+"""Scores and values of a model with a head that gives one number, against plain Transformers, one
+response at a time; and everything else that can score, with all that can go wrong there.
+"""
+
+import math
+import random
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOKENIZER_OF, make_config, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import common
+from family import task
+from sampling import rewards, score_model
+
+ARCHITECTURES = ("llama", "gemma2", "gpt2", "qwen2")  # gpt2: padding is the end-of-sequence
+CLOSE = {"rtol": 0, "atol": 1e-5}
+BIAS = 0.375  # exact in any dtype
+# (prompt length, lengths of the responses)
+PAIRS = [(12, (5, 9)), (3, (11, 2)), (1, (1, 4)), (20, (7, 7)), (9, (3, 1))]
+RAGGED = [(6, (4, 9, 2, 5)), (15, (3,)), (2, (1, 12)), (10, (8, 2, 6)), (4, (5, 5, 1, 1))]
+
+
+@pytest.fixture(scope="module")
+def run():
+    """One process; pytest gets its signal handlers back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield common.Processes()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def make_reward_model(architecture: str, folder: Path, labels: int = 1, **more) -> Path:
+    """Random weights; the scores have a standard deviation of about 2."""
+    tokenizer = make_tokenizer(TOKENIZER_OF[architecture])
+    config = make_config(architecture, tokenizer)
+    config.num_labels = labels
+    config.plainpref = {"base_model": architecture, "history": ["sft"], "score_bias": BIAS}
+    for name, value in more.items():
+        setattr(config, name, value)
+    torch.manual_seed(11)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with torch.no_grad():
+        model.score.weight.normal_(std=0.4)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward_models(tmp_path_factory):
+    """reward_models(architecture) -> a folder, made once."""
+    made: dict[str, Path] = {}
+
+    def get(architecture: str) -> Path:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp("reward-models") / architecture
+            made[architecture] = make_reward_model(architecture, folder)
+        return made[architecture]
+
+    return get
+
+
+def load(folder: Path | str, run, dtype: str = "float32", frozen: bool = False, **more):
+    args = common.Args(model=str(folder), dtype=dtype, **more)
+    return score_model.load_score_model(args, run, name="model", frozen=frozen)
+
+
+def load_reward(name: Path | str, tokenizer, run) -> rewards.Reward:
+    return rewards.load_reward(str(name), tokenizer, common.Args(dtype="float32"), run)
+
+
+def plain_model(folder):
+    """As anyone loads it; without a padding token it reads the last token of a text, as it is."""
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    model.config.pad_token_id = None
+    return model
+
+
+@torch.no_grad()
+def plain_score(model, *parts: list[int] | np.ndarray) -> float:
+    """Of the joined ids, alone in their batch."""
+    ids = torch.tensor([[int(i) for part in parts for i in part]])
+    return model(input_ids=ids, use_cache=False).logits.item()
+
+
+def random_rows(shapes, pad: int | None = None) -> list[common.Row]:
+    """With `pad`, that id is inside prompts and responses."""
+    rng, rows = np.random.default_rng(0), []
+    for n, lengths in shapes:
+        ids = [rng.integers(3, 300, length).astype(np.int32) for length in (n, *lengths)]
+        for part in ids if pad is not None else ():
+            part[1:-1:3] = pad
+        rows.append(common.Row(ids[0], ids[1:], ids[0]))
+    return rows
+
+
+def collated(rows: list[common.Row], shared_for=None):
+    """`shared_for`: the config of a model whose responses share their prompts."""
+    return common.collate(rows, list(range(len(rows))), torch.device("cpu"), shared_for)
+
+
+# -- where a score is read
+
+
+@pytest.mark.parametrize("shapes", (PAIRS, RAGGED), ids=("pairs", "ragged"))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_scores_and_values_are_those_of_plain_transformers(
+    architecture, shapes, reward_models, run
+):
+    """A score is read at the last token of a response, a value before each token, wherever they are
+    and whatever is around them.
+    """
+    folder = reward_models(architecture)
+    model, truth = load(folder, run), plain_model(folder)
+    assert model.score_bias == BIAS
+    rows = random_rows(shapes, 0 if architecture == "gpt2" else 2)
+    expected = [plain_score(truth, r.prompt, y) - BIAS for r in rows for y in r.responses]
+    expected = torch.tensor(expected)
+    assert expected.std() > 0.5  # no two responses could be swapped
+    for shared_for in (None, model.config):
+        batch = collated(rows, shared_for)
+        scores = model(batch)  # (B, K)
+        assert scores.dtype == torch.float32 and scores.shape == batch.lengths.shape
+        torch.testing.assert_close(scores[batch.lengths > 0], expected, **CLOSE)
+        values = model(batch, per_token=True)  # (B, K, T)
+        assert values.shape == batch.shape
+        for b, row in enumerate(rows):
+            for k, y in enumerate(row.responses):
+                assert (values[b, k, len(y) :] == 0).all()
+                for t in {0, len(y) // 2, len(y) - 1}:
+                    value = plain_score(truth, row.prompt, y[:t]) - BIAS
+                    assert values[b, k, t].item() == pytest.approx(value, abs=1e-5)
+
+
+def test_gradients_reach_the_response_alone(reward_models, run):
+    """Not the other responses that share its prompt."""
+    model = load(reward_models("llama"), run)
+    batch = collated(random_rows([(4, (3, 5))]), model.config)
+    embeddings = model.lm.get_input_embeddings()
+    ids = embeddings(batch.input_ids).detach().requires_grad_(True)
+    embeddings.register_forward_hook(lambda *_: ids)
+    model(batch)[0, 1].backward()
+    reached = (ids.grad[0] != 0).any(-1).tolist()
+    assert reached == [True] * 4 + [False] * 3 + [True] * 5
+
+
+def test_a_language_model_gets_a_head_that_depends_on_the_seed_alone(checkpoints, run, capsys):
+    heads = []
+    for drawn_before, seed in ((0, 5), (3, 5), (0, 6)):
+        torch.manual_seed(drawn_before)
+        model = load(checkpoints("llama"), run)
+        assert model.score_bias == 0 and model.lm.score.bias is None
+        score_model.fresh_head(model, 0.25, seed)
+        heads.append(model.lm.score.weight.detach().clone())
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    draws = torch.cat(heads[1:]).flatten()  # 64 of them
+    assert draws.std() == pytest.approx(0.25, rel=0.3) and abs(draws.mean()) < 0.1
+    score_model.fresh_head(model, 0.0, 6)
+    assert (model.lm.score.weight == 0).all()
+    truth = AutoModelForCausalLM.from_pretrained(checkpoints("llama"))
+    body = dict(model.lm.base_model.named_parameters())
+    assert all(torch.equal(body[n], p) for n, p in truth.base_model.named_parameters())
+    assert "newly initialized" not in "".join(capsys.readouterr())
+
+
+def test_adapters_keep_the_saved_head(reward_models, run):
+    """To the last bit: it is trained, so it is not rounded like frozen weights."""
+    model = load(reward_models("llama"), run, "bfloat16", lora_rank=4)
+    trained = {name for name, p in model.lm.named_parameters() if p.requires_grad}
+    adapters = {name for name, _ in model.lm.named_parameters() if "lora" in name}
+    assert adapters and trained == adapters | {"score.weight"}
+    assert torch.equal(model.lm.score.weight, plain_model(reward_models("llama")).score.weight)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_a_frozen_model(architecture, reward_models, run):
+    """Matrices in 16 bits, the rest as it was. Its scores are about as close to exact ones as those
+    of autocast.
+    """
+    folder, batch = reward_models(architecture), collated(random_rows(RAGGED + PAIRS))
+    exact, cast, low = (
+        load(folder, run, dtype, frozen)
+        for dtype, frozen in (("float32", True), ("bfloat16", False), ("bfloat16", True))
+    )
+    assert {p.dtype for p in exact.parameters()} == {torch.float32}
+    for name, p in low.lm.named_parameters():
+        wide = p.dim() == 1 or name == "score.weight"
+        assert p.dtype == (torch.float32 if wide else torch.bfloat16), name
+        assert not p.requires_grad
+    there = batch.lengths > 0
+    expected, by_cast, scores = (model(batch)[there] for model in (exact, cast, low))
+    assert scores.dtype == torch.float32
+    errors = [(x - expected).square().mean().sqrt() / expected.std() for x in (by_cast, scores)]
+    assert 1e-4 < errors[1] < min(2e-2, 1.5 * errors[0])
+
+
+def test_labels(checkpoints, reward_models, tmp_path, run):
+    assert score_model.labels_of(str(checkpoints("llama"))) == 0
+    assert score_model.labels_of(str(reward_models("llama"))) == 1
+    assert score_model.labels_of(str(make_reward_model("llama", tmp_path / "two", 2))) == 2
+    with pytest.raises(common.UserError, match="tiny-untrained"):
+        load("tiny-untrained", run)
+
+
+@pytest.mark.parametrize("room", (True, False))
+def test_padding_is_never_an_end(room, tmp_path, run):
+    """GPT-2 pads with its EOS: the tokenizer gets another token, in an unused row of the embeddings
+    or in a new one. Plain Transformers then reads padded batches right.
+    """
+    vocabulary = 320 if room else len(make_tokenizer("pad-eos"))
+    make_reward_model("gpt2", tmp_path / "m", vocab_size=vocabulary)
+    model, tokenizer = load(tmp_path / "m", run), common.load_tokenizer(str(tmp_path / "m"))
+    before = model.lm.get_input_embeddings().weight.detach().clone()
+    for _ in range(2):  # the second call changes nothing
+        score_model.give_pad_token(model, tokenizer)
+        new = tokenizer.pad_token_id
+        assert new == model.lm.config.pad_token_id == len(tokenizer) - 1
+        assert new not in tokenizer.stop_ids and tokenizer.eos_token_id in tokenizer.stop_ids
+    after = model.lm.get_input_embeddings().weight
+    assert len(after) == model.lm.config.vocab_size == max(vocabulary, new + 1)
+    assert torch.equal(after[: len(before)], before) and after.requires_grad
+    # A policy with the tokenizer as it was can be scored by this model: only padding was added.
+    assert rewards.reads_tokens_of(tokenizer, common.load_tokenizer(str(tmp_path / "m")))
+
+    model.lm.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    other = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    ids = torch.tensor([[5, 6, 7, 0], [8, 0, new, new]])  # 0 is the end
+    with torch.no_grad():
+        padded = other(input_ids=ids, attention_mask=(ids != new).long()).logits[:, 0]
+    truth = plain_model(tmp_path / "saved")
+    alone = [plain_score(truth, [5, 6, 7, 0]), plain_score(truth, [8, 0])]
+    torch.testing.assert_close(padded, torch.tensor(alone), **CLOSE)
+
+
+# -- a reward model as --reward
+
+PROMPTS = ["the cat sat?", "and then ü?", "far off", "a mat and the other cat ran into wood?"]
+ANSWERS = [" on the mat", " another warm dog", " no", " so"]
+ENDED = [True, True, False, True]
+
+
+def as_ids(prompts: list[str], answers: list[str], tokenizer, ended: list[bool] = ENDED):
+    """(prompts, responses) as a policy samples them."""
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    ends = [[tokenizer.eos_token_id] * end for end in ended]
+    return (
+        [np.array(tokenizer.bos + encode(text), np.int32) for text in prompts],
+        [np.array(encode(text) + e, np.int32) for text, e in zip(answers, ends, strict=False)],
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ids_are_scored_as_they_were_sampled(architecture, reward_models, run):
+    folder = reward_models(architecture)
+    tokenizer = common.load_tokenizer(str(folder))
+    reward = load_reward(folder, tokenizer, run)
+    assert not any(p.requires_grad for p in reward.model.parameters())
+    assert reward.values_from == str(folder)
+    prompts, answers = as_ids(PROMPTS, ANSWERS, tokenizer)
+    answers[0] = np.array([260, 5, 6, 5], np.int32)  # not the ids that its text would have
+    scores = reward(prompts, answers)
+    assert scores.dtype == torch.float64 and scores.shape == (4,) and not scores.requires_grad
+    truth = plain_model(folder)
+    expected = [plain_score(truth, p, y) - BIAS for p, y in zip(prompts, answers, strict=True)]
+    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_scores_do_not_depend_on_who_else_is_scored(reward_models, run):
+    folder = reward_models("gemma2")
+    reward = load_reward(folder, common.load_tokenizer(str(folder)), run)
+    rows = random_rows([(2 + i % 17, (1 + i * 7 % 23,)) for i in range(40)])
+    prompts, answers = [row.prompt for row in rows], [row.responses[0] for row in rows]
+    assert len(rows) > score_model.SCORED_AT_ONCE
+    scores = reward(prompts, answers)
+    backwards = reward(prompts[::-1], answers[::-1]).flip(0)
+    torch.testing.assert_close(backwards, scores, **CLOSE)
+    alone = torch.cat([reward(prompts[i : i + 1], answers[i : i + 1]) for i in range(0, 40, 3)])
+    torch.testing.assert_close(alone, scores[::3], **CLOSE)
+    together = reward([prompts[0]] * 20, answers[:20])  # several rows of one prompt
+    one = torch.cat([reward(prompts[:1], answers[i : i + 1]) for i in range(20)])
+    torch.testing.assert_close(together, one, **CLOSE)
+
+
+@pytest.mark.parametrize("policy, theirs", [("qwen2", "llama"), ("llama", "qwen2")])
+def test_another_tokenizer_reads_the_text(policy, theirs, reward_models, run, capsys):
+    folder = reward_models(theirs)
+    tokenizer, its = (common.load_tokenizer(str(reward_models(x))) for x in (policy, theirs))
+    reward = load_reward(folder, tokenizer, run)
+    assert "has another tokenizer" in capsys.readouterr().out and reward.values_from is None
+    questions, answers = list(PROMPTS), [*ANSWERS[:3], ""]  # the last one ended at once
+    if policy == "qwen2":
+        questions[0] = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True
+        )
+    scores = reward(*as_ids(questions, answers, tokenizer))
+    truth, (prompts, responses) = plain_model(folder), as_ids(questions, answers, its)
+    expected = [plain_score(truth, p, y) - BIAS for p, y in zip(prompts, responses, strict=True)]
+    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_text_that_is_too_long_for_the_reward_model(reward_models, run, tmp_path):
+    """BOS, the end of the prompt and the response stay."""
+    folder = make_reward_model("llama", tmp_path / "short", max_position_embeddings=16)
+    tokenizer, its = (common.load_tokenizer(str(f)) for f in (reward_models("qwen2"), folder))
+    reward = load_reward(folder, tokenizer, run)
+    texts = ["zyxw" * 5, "zyxw"], [" abc", "zyxw" * 9]
+    prompts, responses = reward.as_its_tokens(*as_ids(*texts, tokenizer, [True, False]))
+    whole = as_ids(*texts, its, [True, False])
+    assert responses[0].tolist() == whole[1][0].tolist()
+    assert prompts[0].tolist() == its.bos + whole[0][0][len(responses[0]) - 15 :].tolist()
+    assert (prompts[1].tolist(), responses[1].tolist()) == (its.bos, whole[1][1][:15].tolist())
+
+
+def test_a_score_that_is_not_finite(reward_models, run):
+    folder = reward_models("llama")
+    tokenizer = common.load_tokenizer(str(folder))
+    reward = load_reward(folder, tokenizer, run)
+    with torch.no_grad():
+        reward.model.lm.score.weight[:] = math.inf
+    with pytest.raises(common.UserError) as error:
+        reward(*as_ids(PROMPTS, ANSWERS, tokenizer))
+    name, _, rest = str(error.value).partition(" gave ")
+    assert name == f"--reward {folder}" and rest.endswith(
+        ", which is not finite, for row 1 of 4: prompt ...'the cat sat?', response ' on the mat'"
+    )
+
+
+# -- a@b: what a language model has learned from preferences
+
+
+@torch.no_grad()
+def plain_logp(folder, prompt: np.ndarray, response: np.ndarray) -> float:
+    """log pi(response | prompt), by plain Transformers."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
+    logps = model(ids).logits[0].double().log_softmax(-1)
+    return sum(float(logps[i - 1, ids[0, i]]) for i in range(len(prompt), ids.shape[1]))
+
+
+@pytest.mark.parametrize("architecture, beta", (("llama", 0.25), ("gpt2", None)))
+def test_two_language_models(architecture, beta, checkpoints, tmp_path, run, capsys):
+    """beta, as config.json has it, times the log-ratio."""
+    start, learned = checkpoints(architecture), tmp_path / "learned"
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    if beta:
+        model.config.plainpref = {"base_model": "a", "history": ["dpo"], "beta": beta}
+    model.save_pretrained(learned)
+    AutoTokenizer.from_pretrained(start).save_pretrained(learned)
+    tokenizer = common.load_tokenizer(str(start))
+    reward = load_reward(f"{learned}@{start}", tokenizer, run)
+    prompts, answers = as_ids(PROMPTS, ANSWERS, tokenizer)
+    expected = [
+        (beta or 1.0) * (plain_logp(learned, x, y) - plain_logp(start, x, y))
+        for x, y in zip(prompts, answers, strict=True)
+    ]
+    assert max(map(abs, expected)) > 1e-2
+    torch.testing.assert_close(reward(prompts, answers).tolist(), expected, rtol=0, atol=5e-5)
+    assert reward.values_from is None
+    assert f"{beta or 1.0} times the log-ratio" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="the two models have different tokenizers"):
+        load_reward(f"{learned}@{checkpoints('qwen2')}", tokenizer, run)
+
+
+def test_the_embedded_reward_knows_better_than_chance(run):
+    """On 64 unseen questions it prefers the right answer to a wrong one."""
+    tokenizer = common.load_tokenizer("tiny")
+    reward = load_reward("tiny-preferred@tiny", tokenizer, run)
+    rng, prompts, texts = random.Random(0), [], []
+    for text in task.test_prompts(64):
+        asker = text.split("?")[0].split()[-1]  # who asks is in no right answer
+        right = task.write(task.right_answer(text))
+        wrong = " " + rng.choice([name for name in (asker, "Zoe") if name not in right])
+        prompts, texts = [*prompts, text, text], [*texts, right, wrong]
+    scores = reward(*as_ids(prompts, texts, tokenizer, [True] * 128))
+    assert (scores[0::2] > scores[1::2]).double().mean() > 0.65
+
+
+# -- the embedded task, and functions
+
+
+def test_family(run, capsys):
+    tokenizer, questions = common.load_tokenizer("tiny"), task.test_prompts(4)
+    reward = load_reward("family", tokenizer, run)
+    assert "family: the true reward" in capsys.readouterr().out
+    answers = [" Ada", " Ben and Cid", " none", ""]
+    scores = reward(*as_ids(questions, answers, tokenizer))
+    assert scores.tolist() == task.reward(questions, answers)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(reward_models):
+    return common.load_tokenizer(str(reward_models("llama")))
+
+
+def of_file(source: str, tokenizer, run, name: str = "score") -> rewards.Reward:
+    Path("mine.py").write_text(source)
+    return load_reward(f"mine.py:{name}", tokenizer, run)
+
+
+@pytest.mark.parametrize("policy", ("llama", "qwen2", "gpt2"))
+def test_a_function_gets_texts(policy, here, reward_models, run):
+    """No BOS, no end; what a template wrote stays. All rows in one call."""
+    tokenizer = common.load_tokenizer(str(reward_models(policy)))
+    source = """
+seen = []
+def score(prompts, responses):
+    seen.append((prompts, responses))
+    return [len(p) + len(y) / 8 for p, y in zip(prompts, responses, strict=True)]
+"""
+    reward = of_file(source, tokenizer, run)
+    questions, answers = list(PROMPTS), [" on the mat", " ü\n", "", " so"]
+    if policy == "qwen2":
+        questions[1] = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    scores = reward(*as_ids(questions, answers, tokenizer))
+    (call,) = reward.function.__globals__["seen"]
+    assert call == (questions, answers)
+    expected = [len(p) + len(y) / 8 for p, y in zip(questions, answers, strict=True)]
+    assert scores.tolist() == expected and scores.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "[1, 2.5, True, -3]",
+        "__import__('numpy').array([1, 2.5, 1, -3])",
+        "__import__('torch').tensor([[1], [2.5], [1], [-3]])",
+        "(x for x in [1, 2.5, 1, -3])",
+    ],
+)
+def test_numbers_come_in_many_forms(given, here, tokenizer, run):
+    reward = of_file(f"def score(prompts, responses):\n    return {given}\n", tokenizer, run)
+    assert reward(*as_ids(PROMPTS, ANSWERS, tokenizer)).tolist() == [1, 2.5, 1, -3]
+
+
+ROW_1 = "row 1 of 4: prompt ...'the cat sat?', response ' on the mat'"
+ROW_3 = "row 3 of 4: prompt ...'far off', response ' no'"
+MISTAKES = {  # what the function returns -> what the user reads
+    "[1, 2, float('nan'), 4]": f"gave nan, which is not finite, for {ROW_3}",
+    "[1, 2, float('-inf'), float('nan')]": f"gave -inf, which is not finite, for {ROW_3}",
+    "[1, 2]": "returned 2 scores for 4 rows",
+    "[1] * 5": "returned 5 scores for 4 rows",
+    "1.0": "must return a list of numbers, this is a float",
+    "None": "must return a list of numbers, this is a NoneType",
+    "['good'] * 4": "must return a list of numbers, this is a list",
+    "dict.fromkeys(responses, 1.0)": "must return a list of numbers, this is a dict",
+    "__import__('torch').zeros(4, 2)": "must return a list of numbers, this is a Tensor",
+    "[1, 2, 10**400, 4]": "must return a list of numbers, this is a list",
+    "[1 / (len(y) - 3) for y in responses]": (
+        f"raised ZeroDivisionError: division by zero, at {ROW_3}"
+    ),
+    "responses[0].missing": (
+        f"raised AttributeError: 'str' object has no attribute 'missing', at {ROW_1}"
+    ),
+    "next(iter(()))": f"raised StopIteration: StopIteration, at {ROW_1}",
+    "[1] if len(responses) == 1 else {}['together']": (
+        "raised KeyError: 'together', on 4 rows together, on none of them alone"
+    ),
+}
+
+
+@pytest.mark.parametrize("returned", MISTAKES)
+def test_what_a_function_can_do_wrong(returned, here, tokenizer, run):
+    source = f"def score(prompts, responses):\n    return {returned}\n"
+    with pytest.raises(common.UserError) as error:
+        of_file(source, tokenizer, run)(*as_ids(PROMPTS, ANSWERS, tokenizer))
+    assert str(error.value) == f"--reward mine.py:score {MISTAKES[returned]}"
+
+
+@pytest.mark.parametrize("name", ["mine.py", "common.py"])
+def test_a_file_may_hold_what_a_module_may(name, here, tokenizer, run):
+    """Data classes look up their module by its name, which may be the name of one of ours."""
+    source = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Judge:
+    weight: float
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
+        return [self.weight] * len(prompts)
+
+score = Judge(0.5)
+"""
+    Path(name).write_text(source)
+    reward = load_reward(f"{name}:score", tokenizer, run)
+    assert reward(*as_ids(["a"], ["b"], tokenizer)).tolist() == [0.5]
+    assert sys.modules["common"] is common
+
+
+# -- what --reward cannot be
+
+NAMES = {  # before anything is loaded
+    "none.py:score": "--reward none.py:score: there is no file none.py",
+    "mine.py": "--reward mine.py: which function of it? mine.py:NAME",
+    "mine.py:1+1": "--reward mine.py:1+1: '1+1' is not a function's name",
+    "./nowhere": "--reward ./nowhere: there is no such folder",
+    "empty": "--reward empty: no config.json in empty",
+    "tiny@runs/none": "--reward runs/none: there is no such folder",
+    "runs/none@tiny": "--reward runs/none: there is no such folder",
+}
+
+
+@pytest.mark.parametrize("reward", NAMES)
+def test_what_reward_cannot_be(reward, here):
+    Path("mine.py").write_text("def score(prompts, responses): return [0.0] * len(prompts)\n")
+    Path("empty").mkdir()
+    with pytest.raises(common.UserError) as error:
+        rewards.check_reward(reward)
+    assert str(error.value).startswith(NAMES[reward])
+    for possible in ("family", "mine.py:score", "tiny@tiny-preferred", "somebody/reward-model"):
+        rewards.check_reward(possible)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("score = 0.5", "there is no function score in mine.py"),
+        ("import nowhere", "importing it raised ModuleNotFoundError: No module named "),
+        ("def score(:", "importing it raised SyntaxError: "),
+    ],
+)
+def test_a_file_without_the_function(source, message, here, tokenizer, run):
+    with pytest.raises(common.UserError) as error:
+        of_file(source, tokenizer, run)
+    assert str(error.value).startswith(f"--reward mine.py:score: {message}")
+
+
+def test_models_that_are_no_reward_models(here, checkpoints, tokenizer, run):
+    two = make_reward_model("llama", here / "2", 2)
+    for folder, labels in ((checkpoints("llama"), 0), (two, 2)):
+        with pytest.raises(common.UserError) as error:
+            load_reward(folder, tokenizer, run)
+        text = str(error.value)
+        assert text.startswith(f"--reward {folder}: not a reward model")
+        assert f"(this has {labels})" in text and "a@b" in text
+
+
+def test_an_encoder_is_no_reward_model(run, tmp_path):
+    """Its head is of another kind, and it would read what comes after."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = make_tokenizer("bos")
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, num_labels=1, max_position_embeddings=64,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(common.UserError, match="not a decoder with a linear.*file.py:function"):
+        load_reward(tmp_path, common.load_tokenizer(str(tmp_path)), run)

@@ -1,0 +1,1 @@
+"""What only some runs need: FSDP, LoRA, a memory estimate, tracking and the closing report."""

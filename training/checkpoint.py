@@ -1,0 +1,54 @@
+"""Checkpoints that survive a power cut: flushed to disk, and verified before they are used."""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from pathlib import Path
+
+log = logging.getLogger("plainpref")
+
+
+def seal(folder: Path) -> None:
+    """Record the checksum of every file, and flush names and contents to disk."""
+    sums = {file.name: file_hash(file) for file in folder.iterdir()}
+    (folder / "sha256.json").write_text(json.dumps(sums, indent=1))
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything."""
+    try:
+        sums = json.loads((folder / "sha256.json").read_text())
+        changed = [name for name, digest in sums.items() if file_hash(folder / name) != digest]
+        return f"{', '.join(changed)} changed since it was written" if changed else None
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+
+
+def newest_whole(folders: list[Path]) -> Path | None:
+    """The first undamaged checkpoint of a list, the newest first. Damaged ones before it get
+    another name, so that the run can write these steps again.
+    """
+    damaged = []
+    for folder in folders:
+        if not (damage := damage_of(folder)):
+            for other in damaged:
+                other.rename(other.with_name(f"damaged-{time.time_ns()}-{other.name}"))
+            return folder
+        log.info(f"{folder.name} is damaged ({damage}); trying the one before it")
+        damaged.append(folder)
+    if folders:
+        raise ValueError(
+            f"every checkpoint in {folders[0].parent} is damaged; --resume never starts a new run"
+        )
+    return None
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,147 @@
+"""The end of a run: curves.png and the closing block, made from the files in the run's folder."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+PANELS = (  # title, metrics
+    ("loss", ("loss",)),
+    ("mean score", ("objective/scores",)),
+    ("KL from the reference, nats per answer", ("objective/kl",)),
+    ("KL coefficient", ("objective/kl_coef",)),
+    ("entropy, nats per answer", ("objective/entropy",)),
+    ("policy loss", ("loss/policy",)),
+    ("value loss", ("loss/value",)),
+    ("explained variance of the returns", ("val/explained_variance",)),
+    ("share of clipped ratios", ("policy/clipfrac",)),
+    ("NLL of chosen answers, nats per token", ("nll_loss",)),
+    ("loss without its regulariser", ("hinge_loss", "chain_loss")),
+    ("estimate of the KL", ("kl",)),
+    ("implicit rewards", ("rewards/chosen", "rewards/rejected")),
+    ("reward margin", ("rewards/margins",)),
+    ("pairs ranked correctly", ("rewards/accuracies",)),
+    ("log-probs", ("logps/chosen", "logps/rejected")),
+    ("response tokens", ("length/chosen", "length/rejected", "length/response")),
+    ("gradient norm", ("grad_norm",)),
+    ("learning rate", ("lr",)),
+)
+HELD_OUT = (  # metrics of held-out rows in the closing block
+    "loss", "objective/scores", "objective/gold", "objective/kl", "kl", "rewards/accuracies",
+    "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected",
+)  # fmt: skip
+
+
+def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
+    """(training steps, evaluations)"""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [x for x in lines if "lr" in x], [x for x in lines if "lr" not in x]
+
+
+def curves(folder: Path, title: str) -> None:
+    """Write curves.png: training pale, its moving average solid, held-out rows as dots."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps, evaluations = read_metrics(folder)
+    panels = [(t, [n for n in names if any(n in s for s in steps)]) for t, names in PANELS]
+    panels = [(t, names) for t, names in panels if names]
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.6 * lines), squeeze=False)
+    styles = (("-", "#0072b2"), ("--", "#d55e00"), (":", "#444444"))
+    for axis, (heading, names) in zip(axes.flat, panels, strict=False):
+        for name, (style, colour) in zip(names, styles, strict=False):
+            points = [(s["step"], s[name]) for s in steps if s.get(name) is not None]
+            if not points:
+                continue
+            x, y = np.array(points, float).T
+            width = max(1, len(y) // 30)
+            smooth = np.convolve(y, np.ones(width) / width, "valid")
+            axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.7)
+            axis.plot(x[width - 1 :], smooth, style, color=colour, label=name.split("/")[-1])
+            held_out = [(e["step"], e[f"eval/{name}"]) for e in evaluations if f"eval/{name}" in e]
+            if held_out:
+                axis.plot(*zip(*held_out, strict=True), "o", color=colour, markersize=3.5)
+        axis.set_title(heading, fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.set_xlabel("step (dots: held-out rows)", fontsize=7)
+        if len(names) > 1:
+            axis.legend(fontsize=7, frameon=False)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.axis("off")
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def closing(
+    folder: Path, script: str, model: str, step: int, seed: int, measured: dict | None = None
+) -> str:
+    """What improved, where the files are, what to run next.
+
+    `script` is the name of the method file without .py; `measured` comes from family/measure.py.
+    """
+    steps, evaluations = read_metrics(folder)
+    seconds = sum(s["seconds_per_step"] for s in steps)
+    speed = np.median([s["tokens_per_second"] for s in steps])
+    peak = max(s["peak_memory_gib"] for s in steps)
+    text = [
+        f"{script}: {step:,} steps in {seconds:,.0f} s "
+        f"({speed:,.0f} tokens/s, peak memory {peak:.1f} GiB), seed {seed}",
+        f"{'':44}{'before':>9}{'after':>9}",
+    ]
+    if len(evaluations) > 1:
+        first, last = evaluations[0], evaluations[-1]
+        redundant = (
+            ("rewards/chosen", "rewards/rejected") if "eval/rewards/margins" in first else ()
+        )
+        for name in HELD_OUT:
+            key = f"eval/{name}"
+            if key in first and key in last and name not in redundant:
+                text.append(_line(f"{name}, held-out rows", first[key], last[key]))
+    text += _measured_lines(measured) if measured else []
+    text += [
+        f"files       {folder}: a model that plain Transformers loads,",
+        "            curves.png, samples.jsonl, metrics.jsonl, run.json, checkpoint-*",
+        f"next        {next_command(folder, script, model)}",
+    ]
+    return "\n".join(text) + "\n"
+
+
+def _line(label: str, before: float | None, after: float | None, digits: int = 3) -> str:
+    shown = ["" if x is None else f"{x:.{digits}f}" for x in (before, after)]
+    change = "" if None in (before, after) else f"{after - before:+.{digits}f}"
+    return f"  {label:<42}{shown[0]:>9}{shown[1]:>9}{change:>9}".rstrip()
+
+
+def _measured_lines(m: dict) -> list[str]:
+    if "accuracy" in m:  # of a reward model
+        return [
+            f"on {m['pairs']:,} noisily judged pairs, {m['prompts']:,} unseen test questions",
+            _line("accuracy (chance: 0.5)", None, m["accuracy"]),
+            _line("accuracy of the true reward itself", None, m["ceiling"]),
+            _line("share of what can be learned", None, m["share"]),
+            _line("accuracy against the true reward", None, m["true_accuracy"]),
+            _line("mean score of those answers", None, m["mean_score"]),
+        ]
+    return [
+        f"on {m['prompts']:,} unseen test questions",
+        _line("true reward, sampled at temperature 1", m["sampled/before"], m["sampled/after"]),
+        _line("true reward, greedy", m["greedy/before"], m["greedy/after"]),
+        _line("win rate against the start (a tie is half)", 0.5, m["win_rate"]),
+        _line("KL from the start, nats per answer", 0.0, m["kl"]),
+        _line("answer length, tokens", m["length/before"], m["length/after"], 2),
+        _line("control: the start at temperature 0.5", m["sampled/before"], m["cooled/before"]),
+    ]
+
+
+def next_command(folder: Path, script: str, model: str) -> str:
+    if script == "sft":
+        return f"python dpo.py --model {folder}"
+    if script == "reward_model":
+        return f"python ppo.py --model {model} --reward {folder}"
+    return f"python {script}.py --help, and {folder / 'curves.png'}"
