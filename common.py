@@ -2,7 +2,7 @@
 
 A row is a prompt and its K responses; a method is a loss on the (B, K) log-probs of responses.
 What a paper has an opinion about is in the method files; what only some runs need is in a folder.
-A method file, this file, a .jsonl of texts and a local model are enough to train, resume, export.
+A file for pairs, this file, a .jsonl of texts and a local model train, resume and export alone.
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13, transformers 5.23.
 """
@@ -46,9 +46,9 @@ def optional_module(name: str) -> Any:
     return import_module(name) if found else None
 
 
-if parallel := optional_module("training.parallel"):
+if (parallel := optional_module("training.parallel")) or "WORLD_SIZE" in os.environ:
     from training.parallel import Processes, from_main, sum_over_processes
-else:  # one process
+else:  # one process; several need the folder training/
     from_main, sum_over_processes = (lambda make: make()), (lambda tensor: tensor)
 
     class Processes:
@@ -63,9 +63,7 @@ else:  # one process
 class Args:
     """Flags of every method. A method file adds its own, and the defaults that its paper names."""
 
-    model: str = (
-        "tiny"  # tiny, a short name (gemma-2-2b), a Hugging Face id, or a folder (runs/sft)
-    )
+    model: str = "tiny"  # tiny, a short name (gemma-2-2b), a hub id, or a folder (runs/sft)
     dataset: str | None = None  # family, a short name (tldr), a file, a folder, or a hub id
     eval_dataset: str | None = None  # held-out rows; default: the test split, else 5 % of the rows
     skip_bad_rows: bool = False  # leave out rows that cannot be used, instead of stopping
@@ -116,7 +114,7 @@ def parse(args_class: type, presets: dict[str, dict], about: str, argv: list | N
 class Row:
     prompt: np.ndarray  # int32; begins with BOS if the tokenizer adds one
     responses: list[np.ndarray]  # K of them (none: to be sampled); EOS at the end unless cut
-    question: np.ndarray  # what to sample from: the prompt, also if the prompt is trained on
+    question: np.ndarray  # the prompt to sample from; not `prompt` if its tokens are targets too
     scores: np.ndarray | None = None  # float64, one per response; of a labelled row 1 or 0
     key: bytes = b""  # equal for equal prompts
     ref_logps: np.ndarray | None = None  # float64, one per response
@@ -137,9 +135,10 @@ def load_rows(args: Any, tokenizer: Any, kind: str, **how: bool) -> tuple[list[R
     # Without the folder data/: a .jsonl of texts that fit into --max-length.
     columns = {"pair": ["chosen", "rejected"], "demonstration": ["completion"], "prompt": []}[kind]
     ids, rows = lambda text: tokenizer(text, add_special_tokens=False).input_ids, []
-    for line in Path(args.dataset).read_text(encoding="utf-8").splitlines():
+    for line in open(args.dataset, encoding="utf-8"):
         first, *texts = [json.loads(line)[column] for column in ("prompt", *columns)]
         prompt = np.array(tokenizer.bos + ids(first), np.int32)
+        assert 0 < len(prompt) < args.max_length, f"empty or too long: {first[:60]!r}"
         responses = [np.array([*ids(text), tokenizer.eos_token_id], np.int32) for text in texts]
         responses = [response[: args.max_length - len(prompt)] for response in responses]
         rows.append(Row(prompt, responses, prompt))
@@ -175,7 +174,7 @@ class Policy(nn.Module):
             if head := optional_module("kernels.head"):  # logits of response tokens only
                 hidden = self.hidden_states(batch, batch.target_positions)  # (N, H)
                 logps = head.token_logps(self, hidden, batch.targets, temperature)  # (N,)
-            else:
+            else:  # logits of all positions: much memory if the vocabulary is large
                 logits = self.lm(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)
                 logits = logits[batch.target_positions].float() / temperature  # (N, V)
                 logps = -F.cross_entropy(logits, batch.targets, reduction="none")  # (N,)
@@ -240,7 +239,7 @@ class MicroBatch:
     ref_logps: Tensor  # (B, K) float64; NaN where not computed
     shape: tuple[int, int, int]  # B, K, T: T is the longest response
     indexes: list[int]  # the rows of the data set
-    mean_length: float = 0.0  # of first responses, over the whole step: normalises token means
+    mean_length: float = 0.0  # of the first responses of the whole step, to divide token sums by
 
 
 @dataclass
@@ -312,7 +311,7 @@ def response_logps(policy: Policy, batch: MicroBatch, temperature: float = 1.0) 
 def scatter_to_responses(values: Tensor, batch: MicroBatch) -> Tensor:
     """(B, K, T) from one value per response token (N,); 0 past the end of a response."""
     flat = values.new_zeros(batch.lengths.numel() * batch.shape[2])
-    return flat.index_copy(0, batch.output_index, values).view(batch.shape).clone()  # no view: FSDP
+    return flat.index_copy(0, batch.output_index, values).view(batch.shape).clone()  # FSDP: no view
 
 
 @torch.no_grad()
@@ -334,7 +333,7 @@ def add_reference_logps(policy: Policy, args: Any, run: Run, *row_sets: list[Row
     """
     details, reference = optional_module("training.reference"), policy
     if args.ref_model:
-        reference = details.load(args, run, load_policy, policy.config)
+        reference = import_module("training.reference").load(args, run, load_policy, policy.config)
     for number, rows in enumerate(row_sets):
         parts = run.held_out_rows(rows) if number else run.used_rows(rows)
         compute = partial(compute_logps, reference, rows, parts, run, "reference")
@@ -402,12 +401,14 @@ class Run(Processes):
         self.folder = Path(args.output_dir or f"runs/{self.script.stem}")
         self.step = self.total_steps = self.skipped = 0
         self.saw_nonfinite = False  # an update of this step was skipped
-        self.log_sizes: dict[str, int] = {}  # after the last step: a resume cuts what came later
+        self.log_sizes: dict[str, int] = {}  # bytes after the last step: a resume cuts the rest
         self.sums: dict[str, list] = {}  # metric -> [sum, count] since the last step
         self.state: dict[str, Any] = {}  # what else a method needs after a resume, as JSON
         self.made_from: dict[str, str] = {}  # flag -> digest of what it names: a resume checks it
         self.policy = self.tracker = None
-        if folders := optional_module("training.run_folder"):
+        folders = optional_module("training.run_folder")
+        assert folders or args.resume == "auto", "--resume never needs the folder training/"
+        if folders:
             folders.start(self)  # checks the arguments, and refuses another run's folder
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -505,10 +506,8 @@ class Run(Processes):
         record |= {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds}
         self.log(record | {"peak_memory_gib": self.peak_memory()})
         if self.skipped == 3:
-            raise UserError(
-                f"no finite gradient in steps {self.step - 2} to {self.step}, which were skipped: "
-                f"lower --lr. The last checkpoint is in {self.folder}"
-            )
+            steps = f"steps {self.step - 2} to {self.step}"
+            raise UserError(f"no finite gradient in {steps}: lower --lr ({self.folder})")
         self.log_sizes = {file.name: file.stat().st_size for file in self.folder.glob("*.jsonl")}
         every = self.args.save_every
         if self.step == self.total_steps or (finite and every and self.step % every == 0):

@@ -5,27 +5,28 @@
 The policy that maximises reward minus beta times the KL from ref has the reward beta log pi/ref, up to a term that depends
 on x only (eq. 5). Put into the Bradley-Terry model of preferences, this turns reward learning into a classification loss on
 the policy itself. beta is not a factor on the loss: it sets how far log pi/ref has to move (about 1/beta nats) before a pair
-counts as learned. A small beta allows a large KL.
+counts as learned. A small beta allows a large KL. Start from a fine-tuned model (sft.py), as the paper does.
 
     paper                    code
     x, y_w, y_l              a row: the prompt, its first response (chosen), its second (rejected)
     log pi(y|x)              chosen_logps, rejected_logps: sums over response tokens, EOS included
-    log ref(y|x)             ref_chosen_logps, ref_rejected_logps
+    log ref(y|x)             ref_chosen_logps, ref_rejected_logps; ref is the policy before its first step, or --ref-model
     beta log pi(y|x)/ref     chosen_rewards, rejected_rewards: the implicit reward
-    E                        mean over the pairs of a step, on all processes
+    E                        mean over the pairs of a step, across all processes
 
 Options and departures
 1. --label-smoothing e (cDPO: Mitchell, "A note on DPO with noisy preferences", 2023): a label is wrong with probability e,
    so the loss is (1-e) * loss + e * (loss with the two answers exchanged).
 2. --gamma (DPO-gamma): a target margin as in SimPO's eq. 5, log sigmoid(reward difference - gamma). 0 is the paper. With
-   label smoothing, the exchanged term has the margin too: log sigmoid(-difference - gamma). The thesis' code and CPO_SIMPO
-   write +gamma there, which differs by up to 0.4.
+   label smoothing, the exchanged term has the margin too: log sigmoid(-difference - gamma). CPO_SIMPO and the thesis behind
+   the gemma, tinyllama and eurollm presets write +gamma there, which changes the loss of a pair by up to 2 e gamma.
 3. The paper keeps the reference in memory. Here its log-probs are computed once, before the first step: the same numbers,
    one forward pass per step instead of two, and no second model.
-4. The thesis' text says RMSprop; its code runs AdamW with weight decay 0.05 and 150 warm-up steps. The preset follows the text.
+4. The text of that thesis says RMSprop; its code runs AdamW with weight decay 0.05 and 150 warm-up steps. The presets follow
+   the text. Without a preset: AdamW with linear decay; the paper's RMSprop and constant rate are the preset gpt-j-6b.
 
 Healthy: the loss starts at ln 2 = 0.6931 (gamma 0) and ends between 0.3 and 0.65; rewards/accuracies rises from 0 (no margin
-yet) to 0.6-0.8. logps/chosen usually falls, less than logps/rejected. Worse greedy answers or growing length while the loss
+yet) to 0.6-0.8. logps/chosen usually falls, but less than logps/rejected. Worse greedy answers or growing length while the loss
 nears 0 mean over-optimisation: raise --beta or lower --lr.
 
     python dpo.py                                                           # the embedded task, on a laptop
@@ -49,9 +50,9 @@ class Args(common.Args):  # model, data, hardware and output flags: common.Args
     beta: float = 0.1  # strength of the pull towards the reference model
     label_smoothing: float = 0.0  # cDPO: assumed probability that a label is wrong, in [0, 0.5)
     gamma: float = 0.0  # DPO-gamma: target margin between the two rewards
-    ref_model: str | None = None  # reference model, or an average a+b of two; default: the policy before its first step
+    ref_model: str | None = None  # reference model, or an average a+b; default: the starting policy
     soup_weight: float = 0.5  # weight of a in a+b
-    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"  # how a ranked list becomes pairs
+    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"  # pairs of a ranked list
     lr: float = 1e-6  # peak learning rate
     batch_size: int = 64  # pairs per optimizer step, over all processes
     max_length: int = 512  # tokens of prompt and response together
@@ -67,7 +68,7 @@ PRESETS = {
         beta=0.3, lr=2e-4, batch_size=16, micro_batch_size=16, max_steps=300, warmup_ratio=0.05,
         max_length=160, max_prompt_length=128, dataset="family",
     ),
-    "gpt-j-6b": dict(  # appendix B and the authors' code; 0.1 of the epoch is their 150 warm-up steps
+    "gpt-j-6b": dict(  # appendix B and the authors' code; --warmup-ratio 0.1 is about their 150 steps
         beta=0.5, schedule="constant", optimizer="rmsprop", max_grad_norm=10.0, dataset="tldr",
     ),
     "gemma-2-2b": THESIS, "tinyllama": THESIS, "eurollm-1.7b": THESIS,
@@ -103,7 +104,7 @@ def dpo_loss(
 
 
 def main(args: Args) -> None:
-    if not args.beta > 0 or not args.label_smoothing < 0.5:
+    if not args.beta > 0 or not 0 <= args.label_smoothing < 0.5:
         raise common.UserError("--beta must be positive, --label-smoothing in [0, 0.5)")
     run = common.Run(args)
     tokenizer = common.load_tokenizer(args.model, args.max_length)

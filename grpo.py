@@ -7,9 +7,9 @@ changed in it: --clip-high, --normalise.
     rho_it = pi(o_it|s_it) / pi_old(o_it|s_it)
     D_it   = ref/pi - log(ref/pi) - 1,  both of o_it given s_it                            equation 4
 
-Sample a group of G responses to a question and score them. Raise the probability of every token of
-a response by how many standard deviations its score lies above the mean of its group. PPO asks a
-value network what score to expect; here the mean of the group says it. The KL is not part of the
+Sample a group of G responses to a question and score them. Push the probability of each token of a
+response up or down, by how many standard deviations its score is above or below the mean of its
+group. PPO's value network predicts the expected score; here it is the mean of the group. The KL is not part of the
 reward but a term of the loss, D (k3): a one-token estimate that is never negative. Its gradient
 is, on average over sampled tokens, that of KL(ref || pi), not of KL(pi || ref). A group whose
 scores are all equal teaches nothing but this term; val/equal_groups is the share of such groups.
@@ -27,23 +27,23 @@ scores are all equal teaches nothing but this term; val/equal_groups is the shar
     grpo       (a) the group's deviation: groups count alike whether scores differ much or little
                (b) 1 / (N |o_i|): each response counts once, so long bad responses get off lightly
     dapo       (a) the same   (b) 1 / (tokens of all N): each token counts once
-    dr-grpo    (a) nothing    (b) 1 / (N L), L the longest allowed response: a constant. Apart from
+    dr-grpo    (a) nothing    (b) 1 / (N T_max), T_max the longest allowed response: a constant. Apart from
                constants and the KL, this is the gradient of rloo.py: no bias by length or difficulty
 
 Departures
 1. The paper does not say which deviation. We divide by G - 1 (as TRL and verl do) and add 1e-4, so
-   that rounding is no advantage. DAPO resamples until no group of a batch is equal; we keep them.
+   that rounding gives no advantage. DAPO resamples until no group of a batch is equal; we keep them.
 2. --kl-coef 0, as in DAPO and Dr. GRPO, loads no reference and logs no KL (unless --ref-model is
    given). Their reward is a rule, which is hard to cheat. With a reward model, keep a KL.
 3. DAPO's equation averages over the tokens of a group, its code over those of a minibatch; we follow
    the code. Left out: dual clip 10 of DAPO's script (its 10 warm-up steps are 20 in the paper and here),
    Adam's beta2 0.95 of Dr. GRPO's.
-4. A response without an end after --max-length - --max-prompt-length tokens scores
-   -missing_eos_value. DeepSeekMath has no such rule. DAPO (section 3.4, eq. 13) subtracts 1, and up
+4. A response without an end scores -missing_eos_value: keep that below the reward's usual scores, or
+   never ending is best. (Its room is --max-length minus --max-prompt-length.) DeepSeekMath has no such rule. DAPO (section 3.4, eq. 13) subtracts 1, and up
    to 1 from long finished responses: for that, put a penalty into your --reward and use
    --missing-eos keep (with `replace` the reward of a cut response is discarded). Dr. GRPO's script gives 0.
 5. pi_old is computed by the forward pass of training, not kept from sampling: ratios of the first
-   minibatch are 1. A warning appears above 0.01. The reference is fixed: each of the paper's outer
+   minibatch are 1. A warning appears if one is more than 0.01 off. The reference is fixed: each of the paper's outer
    iterations, which start from a new reference, is a new run.
 6. --batch-size counts prompts; a step has `samples` times as many responses. --micro-batch-size
    counts responses: a group may be split, its advantages are computed before.
@@ -94,13 +94,13 @@ class Args(common.Args):
     schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = "constant"  # after warm-up
     warmup_ratio: float = 0.0  # share of the steps during which the learning rate rises
     max_length: int = 1024  # tokens of prompt and response together
-    max_prompt_length: int = 512  # tokens kept of the prompt; the others are the response's
+    max_prompt_length: int = 512  # tokens kept of the prompt; the rest is for the response
 
 
 PRESETS = {
     "tiny": dict(  # tuned here
         dataset="family", reward="tiny-preferred@tiny", gold_reward="family", samples=8,
-        kl_coef=0.1, lr=4e-4, schedule="linear", warmup_ratio=0.05, batch_size=16,
+        kl_coef=0.1, lr=4e-4, schedule="linear", warmup_ratio=0.05,
         micro_batch_size=16, max_steps=30, max_length=176, max_prompt_length=160,
     ),
     # The defaults: samples, KL, lr, batch (1,024 responses, one update) and length as reported in

@@ -5,17 +5,17 @@
     r   = log pi(y|x)/ref(y|x),      z0 = max(0, mean over the batch of log pi(y'|x)/ref(y'|x)),  y' from another prompt
 
 KTO needs no pairs, only labels. People judge an outcome relative to a reference point and feel each further gain or loss
-less. Here that point is z0, an estimate of KL(pi || ref) from answers y' to other prompts. They are not samples of pi, so it may
-be negative and is clamped. If r is far from z0 there is almost no gradient: wrong labels are ignored, and so are hard examples.
+less. Here that point is z0, an estimate of KL(pi || ref) from answers y' to other prompts. These are not samples of pi, so the
+mean may be negative; it is then clamped to 0. If r is far from z0 there is almost no gradient: wrong labels are ignored, and so are hard examples.
 
     paper                    code
     x, y                     a row: the prompt and its response
     y'                       the response of the same row of `mismatched`, an answer to another prompt
     desirable                the row's label, (B,) bool
-    r                        log_ratios: sums over response tokens, end-of-sequence included
+    r                        log_ratios: sums over response tokens, EOS included
     z0                       z0; the metric `kl` is the mean before it is clamped
     lambda_D, lambda_U       desirable_weight, undesirable_weight; lambda_y is that of y
-    E                        mean over the rows of a step, on all processes
+    E                        mean over the rows of a step, across all processes
 
 Departures
 1. z0 is the mean over the whole optimizer step, so a step first computes log pi(y'|x), without gradients. The authors' code
@@ -49,7 +49,7 @@ import common
 
 
 @dataclass
-class Args(common.Args):  # defaults: the authors'; model, data, hardware and output: common.Args
+class Args(common.Args):  # model, data, hardware and output flags: common.Args
     beta: float = 0.1  # how fast the value saturates, per nat
     desirable_weight: float = 1.0  # lambda_D
     undesirable_weight: float = 1.0  # lambda_U
@@ -63,7 +63,7 @@ class Args(common.Args):  # defaults: the authors'; model, data, hardware and ou
 
 
 # What differs from the defaults, by model (or the model that a checkpoint was trained from). The
-# defaults: github.com/ContextualAI/HALOs (but its weight decay is 0.01); the lengths are ours.
+# defaults: github.com/ContextualAI/HALOs, except weight decay (0.01 there) and lengths (ours).
 PRESETS = {
     "tiny": dict(  # tuned here
         beta=0.3, lr=1e-4, batch_size=16, micro_batch_size=16, max_steps=300, schedule="linear",
@@ -107,7 +107,7 @@ def mismatch(rows: list, givers: list, seed: int, max_length: int) -> list[commo
     """(x, y') for every row: its prompt with the answer of a giver that has another prompt.
 
     The givers form a circle in random order, equal prompts next to each other. The row at place p
-    gets the answer at p + (size of the largest group): a permutation, unless one has over half.
+    gets the answer at p + (size of the largest group): a permutation, unless one group has over half.
     """
     order = np.random.default_rng([seed, 0, 1]).permutation(len(givers))  # epochs: [seed, epoch]
     groups: dict[bytes, list[int]] = {}
@@ -123,7 +123,7 @@ def mismatch(rows: list, givers: list, seed: int, max_length: int) -> list[commo
         others = len(circle) - size
         if not others:
             raise common.UserError("all rows have the same prompt; KTO needs answers to others")
-        # Count from the end of its group, around the circle without the group.
+        # The places after its group are numbered 0 ... others - 1, around the circle.
         within = place[i] - start if rows is givers else i  # a held-out row is not in the circle
         at = start + size + (within + shift - size) % others
         answer = givers[circle[at % len(circle)]].responses[0][: max_length - len(row.prompt)]
@@ -137,10 +137,10 @@ def main(args: Args) -> None:
     run = common.Run(args)
     tokenizer = common.load_tokenizer(args.model, args.max_length)
     train, held_out = common.load_rows(args, tokenizer, kind="labelled")
-    good = args.desirable_weight * sum(row.scores[0] > 0 for row in train)
-    bad = args.undesirable_weight * sum(row.scores[0] <= 0 for row in train)
-    ratio = f"{good / bad:.2f}" if bad else "infinite"
-    common.say("weights", f"desirable / undesirable, weight times count: {ratio} (best: 1 to 1.5)")
+    desirable_total = args.desirable_weight * sum(row.scores[0] > 0 for row in train)
+    undesirable_total = args.undesirable_weight * sum(row.scores[0] <= 0 for row in train)
+    ratio = desirable_total / undesirable_total if undesirable_total else float("inf")
+    common.say("weights", f"desirable / undesirable, with counts: {ratio:.2f} (advised: 1-1.5)")
     mismatched = mismatch(train, train, args.seed, args.max_length)
     held_out_mismatched = mismatch(held_out, train, args.seed, args.max_length)
     run.plan(train)
@@ -172,7 +172,7 @@ def main(args: Args) -> None:
         return losses, metrics
 
     def evaluate() -> None:
-        parts = run.held_out_rows(held_out) if run.due(args.eval_every) else []
+        parts = run.held_out_rows(held_out_mismatched) if run.due(args.eval_every) else []
         kl = kl_of(held_out_mismatched, run.share(parts, "held-out KL"), len(held_out))
         run.evaluate(lambda batch: losses_of(batch, kl), held_out, tokenizer)
 

@@ -68,7 +68,7 @@ class Args(common.Args):  # defaults: the authors'; model, data, hardware and ou
 PRESETS = {
     "tiny": dict(  # tuned here
         sft_weight=0.1, margin=4.0, lr=3e-4, batch_size=16, micro_batch_size=16, max_steps=300,
-        schedule="linear", warmup_ratio=0.05, max_length=160, max_prompt_length=128,
+        schedule="linear", warmup_ratio=0.05, max_length=160,
         dataset="family",
     ),
     "llama-7b": dict(dataset="hh"),  # the authors'

@@ -70,25 +70,17 @@ HELD_OUT_PROMPTS = 256  # of the held-out ones; each gets as many samples as one
 
 @dataclass
 class Args(common.Args):  # defaults: the paper's on TL;DR; other flags: common.Args
-    reward: str | None = (
-        None  # a reward model, two language models a@b, family, or file.py:function
-    )
+    reward: str | None = None  # a reward model, language models a@b, family, or file.py:function
     prompts: int | None = None  # number of prompts, drawn at random, to sample from; default: all
     samples: int = 64  # answers sampled per prompt
     temperature: float = 0.7  # of the samples
     top_k: int = 40  # sample only the k most likely tokens; 0: all
-    sampling_beta: float = (
-        0.5  # rejection temperature, in units of the reward; 0: the best, inf: any
-    )
+    sampling_beta: float = 0.5  # rejection temperature, in units of the reward; 0: the best
     accepted: int = 8  # answers per prompt that become pairs, at most; 2 or more
     ranking: Literal["first-round", "tournament"] = "first-round"  # pair at random; winners again
     gamma: float = 0.05  # temperature of the loss, per nat
-    loss: Literal["sigmoid-norm", "hinge-norm", "hinge"] = (
-        "sigmoid-norm"  # norm: with the reference
-    )
-    ref_model: str | None = (
-        None  # a model, or a soup a+b; default: the policy before its first step
-    )
+    loss: Literal["sigmoid-norm", "hinge-norm", "hinge"] = "sigmoid-norm"  # norm: with a reference
+    ref_model: str | None = None  # reference model, or an average a+b; default: the starting policy
     soup_weight: float = 0.5  # weight of the first model of a soup, in [0, 1]
     dataset: str | None = "tldr"
     max_length: int = 512

@@ -40,9 +40,7 @@ class Args(common.Args):  # defaults: the thesis'; data, hardware and output: co
     max_prompt_length: int = 1024  # tokens kept of the prompt if the row is too long
     lr: float = 1e-5  # peak learning rate
     batch_size: int = 32  # demonstrations per optimizer step, over all processes
-    micro_batch_size: int = (
-        4  # demonstrations per forward pass and process; lowered to divide the batch
-    )
+    micro_batch_size: int = 4  # demonstrations per forward pass; lowered to divide the batch
     schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = "cosine"  # after warm-up
 
 

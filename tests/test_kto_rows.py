@@ -1,5 +1,6 @@
 """KTO's mismatched rows: each prompt with an answer to another prompt, the same in all epochs."""
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer, write_jsonl
+from conftest import labelled_rows, make_tokenizer, write_jsonl
 
 import common
 import kto
@@ -229,3 +230,21 @@ def test_rows_of_a_file(form, tmp_path):
         for row, other in zip(rows, others, strict=True):
             own, given = (tokenizer.decode(x.responses[0])[:2] for x in (row, other))
             assert own in [f" {i}" for i in range(4)] and own != given
+
+
+def test_kto_starts_at_exactly_zero(checkpoints, fresh_process, tmp_path):
+    """y' goes through the policy in the micro-batches of its reference. A rounding difference would
+    make z0 positive, and half of the held-out answers right before the first step.
+    """
+    train, test = (str(write_jsonl(tmp_path / f"{n}.jsonl", labelled_rows(n, n))) for n in (32, 48))
+    flags = {"model": str(checkpoints("llama")), "dataset": train, "eval_dataset": test}
+    flags |= {"batch_size": 16, "micro_batch_size": 4, "max_steps": 1, "output_dir": "out"}
+    main_args = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    kto.main(
+        common.parse(
+            kto.Args, kto.PRESETS, "", [*main_args, "--max-length=128", "--max-prompt-length=64"]
+        )
+    )
+    held_out, step, _ = map(json.loads, Path("out/metrics.jsonl").read_text().splitlines())
+    for metrics in ({name.removeprefix("eval/"): x for name, x in held_out.items()}, step):
+        assert (metrics["loss"], metrics["kl"], metrics["rewards/accuracies"]) == (0.5, 0.0, 0.0)

@@ -19,7 +19,7 @@ from conftest import ROOT, pair_rows
 import common
 from family import task
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.network
 # Without the dependencies that are ours too: torch is not installed twice.
 LM_EVAL = "lm_eval==0.4.13"
 NEEDS = """evaluate==0.4.6 sqlitedict==2.1.0 word2number==1.1 more-itertools==11.2.1

@@ -172,15 +172,6 @@ def test_a_language_model_gets_a_head_that_depends_on_the_seed_alone(checkpoints
     assert "newly initialized" not in "".join(capsys.readouterr())
 
 
-def test_adapters_keep_the_saved_head(reward_models, run):
-    """To the last bit: it is trained, so it is not rounded like frozen weights."""
-    model = load(reward_models("llama"), run, "bfloat16", lora_rank=4)
-    trained = {name for name, p in model.lm.named_parameters() if p.requires_grad}
-    adapters = {name for name, _ in model.lm.named_parameters() if "lora" in name}
-    assert adapters and trained == adapters | {"score.weight"}
-    assert torch.equal(model.lm.score.weight, plain_model(reward_models("llama")).score.weight)
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
 def test_a_frozen_model(architecture, reward_models, run):
@@ -212,35 +203,25 @@ def test_labels(checkpoints, reward_models, tmp_path, run):
         load("tiny-untrained", run)
 
 
-@pytest.mark.parametrize("room", (True, False))
-def test_padding_is_never_an_end(room, tmp_path, run):
+@pytest.mark.parametrize("vocabulary", (320, None))
+def test_padding_is_never_an_end(vocabulary, tmp_path, run):
     """GPT-2 pads with its EOS: the tokenizer gets another token, in an unused row of the embeddings
-    or in a new one. Plain Transformers then reads padded batches right.
+    or in a new one.
     """
-    vocabulary = 320 if room else len(make_tokenizer("pad-eos"))
-    make_reward_model("gpt2", tmp_path / "m", vocab_size=vocabulary)
-    model, tokenizer = load(tmp_path / "m", run), common.load_tokenizer(str(tmp_path / "m"))
+    vocabulary = vocabulary or len(make_tokenizer("pad-eos"))
+    make_reward_model("gpt2", tmp_path, vocab_size=vocabulary)
+    model, tokenizer = load(tmp_path, run), common.load_tokenizer(str(tmp_path))
     before = model.lm.get_input_embeddings().weight.detach().clone()
     for _ in range(2):  # the second call changes nothing
         score_model.give_pad_token(model, tokenizer)
         new = tokenizer.pad_token_id
-        assert new == model.lm.config.pad_token_id == len(tokenizer) - 1
+        assert new == model.config.pad_token_id == len(tokenizer) - 1
         assert new not in tokenizer.stop_ids and tokenizer.eos_token_id in tokenizer.stop_ids
     after = model.lm.get_input_embeddings().weight
-    assert len(after) == model.lm.config.vocab_size == max(vocabulary, new + 1)
+    assert len(after) == model.config.vocab_size == max(vocabulary, new + 1)
     assert torch.equal(after[: len(before)], before) and after.requires_grad
     # A policy with the tokenizer as it was can be scored by this model: only padding was added.
-    assert rewards.reads_tokens_of(tokenizer, common.load_tokenizer(str(tmp_path / "m")))
-
-    model.lm.save_pretrained(tmp_path / "saved")
-    tokenizer.save_pretrained(tmp_path / "saved")
-    other = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
-    ids = torch.tensor([[5, 6, 7, 0], [8, 0, new, new]])  # 0 is the end
-    with torch.no_grad():
-        padded = other(input_ids=ids, attention_mask=(ids != new).long()).logits[:, 0]
-    truth = plain_model(tmp_path / "saved")
-    alone = [plain_score(truth, [5, 6, 7, 0]), plain_score(truth, [8, 0])]
-    torch.testing.assert_close(padded, torch.tensor(alone), **CLOSE)
+    assert rewards.reads_tokens_of(tokenizer, common.load_tokenizer(str(tmp_path)))
 
 
 # -- a reward model as --reward
@@ -307,19 +288,6 @@ def test_another_tokenizer_reads_the_text(policy, theirs, reward_models, run, ca
     truth, (prompts, responses) = plain_model(folder), as_ids(questions, answers, its)
     expected = [plain_score(truth, p, y) - BIAS for p, y in zip(prompts, responses, strict=True)]
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_a_text_that_is_too_long_for_the_reward_model(reward_models, run, tmp_path):
-    """BOS, the end of the prompt and the response stay."""
-    folder = make_reward_model("llama", tmp_path / "short", max_position_embeddings=16)
-    tokenizer, its = (common.load_tokenizer(str(f)) for f in (reward_models("qwen2"), folder))
-    reward = load_reward(folder, tokenizer, run)
-    texts = ["zyxw" * 5, "zyxw"], [" abc", "zyxw" * 9]
-    prompts, responses = reward.as_its_tokens(*as_ids(*texts, tokenizer, [True, False]))
-    whole = as_ids(*texts, its, [True, False])
-    assert responses[0].tolist() == whole[1][0].tolist()
-    assert prompts[0].tolist() == its.bos + whole[0][0][len(responses[0]) - 15 :].tolist()
-    assert (prompts[1].tolist(), responses[1].tolist()) == (its.bos, whole[1][1][:15].tolist())
 
 
 def test_a_score_that_is_not_finite(reward_models, run):
@@ -459,22 +427,16 @@ ROW_1 = "row 1 of 4: prompt ...'the cat sat?', response ' on the mat'"
 ROW_3 = "row 3 of 4: prompt ...'far off', response ' no'"
 MISTAKES = {  # what the function returns -> what the user reads
     "[1, 2, float('nan'), 4]": f"gave nan, which is not finite, for {ROW_3}",
-    "[1, 2, float('-inf'), float('nan')]": f"gave -inf, which is not finite, for {ROW_3}",
     "[1, 2]": "returned 2 scores for 4 rows",
-    "[1] * 5": "returned 5 scores for 4 rows",
     "1.0": "must return a list of numbers, this is a float",
-    "None": "must return a list of numbers, this is a NoneType",
     "['good'] * 4": "must return a list of numbers, this is a list",
-    "dict.fromkeys(responses, 1.0)": "must return a list of numbers, this is a dict",
     "__import__('torch').zeros(4, 2)": "must return a list of numbers, this is a Tensor",
-    "[1, 2, 10**400, 4]": "must return a list of numbers, this is a list",
     "[1 / (len(y) - 3) for y in responses]": (
         f"raised ZeroDivisionError: division by zero, at {ROW_3}"
     ),
     "responses[0].missing": (
         f"raised AttributeError: 'str' object has no attribute 'missing', at {ROW_1}"
     ),
-    "next(iter(()))": f"raised StopIteration: StopIteration, at {ROW_1}",
     "[1] if len(responses) == 1 else {}['together']": (
         "raised KeyError: 'together', on 4 rows together, on none of them alone"
     ),
@@ -489,9 +451,7 @@ def test_what_a_function_can_do_wrong(returned, here, tokenizer, run):
     assert str(error.value) == f"--reward mine.py:score {MISTAKES[returned]}"
 
 
-@pytest.mark.parametrize("name", ["mine.py", "common.py"])
-def test_a_file_may_hold_what_a_module_may(name, here, tokenizer, run):
-    """Data classes look up their module by its name, which may be the name of one of ours."""
+def test_a_file_may_have_data_classes_and_the_name_of_one_of_ours(here, tokenizer, run):
     source = """
 from __future__ import annotations
 from dataclasses import dataclass
@@ -505,8 +465,8 @@ class Judge:
 
 score = Judge(0.5)
 """
-    Path(name).write_text(source)
-    reward = load_reward(f"{name}:score", tokenizer, run)
+    Path("common.py").write_text(source)
+    reward = load_reward("common.py:score", tokenizer, run)
     assert reward(*as_ids(["a"], ["b"], tokenizer)).tolist() == [0.5]
     assert sys.modules["common"] is common
 
@@ -550,25 +510,19 @@ def test_a_file_without_the_function(source, message, here, tokenizer, run):
 
 
 def test_models_that_are_no_reward_models(here, checkpoints, tokenizer, run):
-    two = make_reward_model("llama", here / "2", 2)
-    for folder, labels in ((checkpoints("llama"), 0), (two, 2)):
-        with pytest.raises(common.UserError) as error:
-            load_reward(folder, tokenizer, run)
-        text = str(error.value)
-        assert text.startswith(f"--reward {folder}: not a reward model")
-        assert f"(this has {labels})" in text and "a@b" in text
-
-
-def test_an_encoder_is_no_reward_model(run, tmp_path):
-    """Its head is of another kind, and it would read what comes after."""
+    """A language model, two labels, and an encoder, whose head is of another kind."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    tokenizer = make_tokenizer("bos")
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, num_labels=1, max_position_embeddings=64,
     )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(common.UserError, match="not a decoder with a linear.*file.py:function"):
-        load_reward(tmp_path, common.load_tokenizer(str(tmp_path)), run)
+    BertForSequenceClassification(config).save_pretrained(here / "bert")
+    make_tokenizer("bos").save_pretrained(here / "bert")
+    for folder, text in (
+        (checkpoints("llama"), "not a reward model, .*this has 0.*a@b"),
+        (make_reward_model("llama", here / "2", 2), "not a reward model, .*this has 2"),
+        (here / "bert", "BertForSequenceClassification is not a decoder with a linear head"),
+    ):
+        with pytest.raises(common.UserError, match=f"{folder}.*{text}"):
+            load_reward(folder, tokenizer, run)

@@ -124,44 +124,12 @@ def test_what_the_file_holds(model, made):
         assert scores == line["scores"]
 
 
-def test_chunks(model, run, made, tmp_path, monkeypatch):
-    """Samples do not depend on them; by default one is 4,096 responses."""
-    for chunk, calls in ((1, 10), (10, 1), (0, 1)):
-        reward = Reward()
-        rows = sample(model, run, tmp_path / f"{chunk}", reward, chunk=chunk)
-        assert plain(rows) == made[0] and len(reward.calls) == calls
-        assert (run.folder / "sampled.jsonl").read_bytes() == made[1].read_bytes()
-
-    asked = []
-
-    def generate(policy, prompts, *args, samples, **more):
-        asked.append(len(prompts))
-        return [np.array([1], np.int32)] * (len(prompts) * samples)
-
-    monkeypatch.setattr(stored, "generate", generate)
-    for samples, expected in ((2000, [2, 2, 1]), (1000, [4, 1]), (5000, [1] * 5)):
-        asked.clear()
-        prompts = prompts_of(model[1], 5)
-        sample(model, run, tmp_path, None, prompts, samples=samples, chunk=0)
-        assert asked == expected
-
-
-def test_ranked_rows_to_train_on(run, model, tmp_path):
-    """The file is a data set for other scripts: distinct answers, best first."""
-    tokenizer, answers = model[1], [" yes it ran", " no it sat", " the cat"]
-    rows = sample(model, run, tmp_path, prompts=prompts_of(tokenizer, 40))
-    # A random model's samples are no text, so texts are put in their place, with the same scores.
-    lines = [json.loads(x) for x in (run.folder / "sampled.jsonl").read_text().splitlines()]
-    readable = tmp_path / "readable.jsonl"
-    readable.write_text("".join(json.dumps(x | {"responses": answers}) + "\n" for x in lines))
-    args = common.Args(dataset=str(readable), max_length=64, max_prompt_length=40)
-    train, held_out = common.load_rows(args, tokenizer, kind="ranked")
-    assert len(train) + len(held_out) == 40 and len(held_out) > 0
-    scores = {tuple(row.prompt.tolist()): row.scores for row in rows}
-    ids = [tokenizer(x, add_special_tokens=False).input_ids for x in answers]
-    for row in train + held_out:
-        best_first = np.argsort(-scores[tuple(row.prompt.tolist())])
-        assert [r[:-1].tolist() for r in row.responses] == [ids[k] for k in best_first]
+@pytest.mark.parametrize("chunk, calls", [(1, 10), (10, 1), (0, 1)])
+def test_samples_do_not_depend_on_chunks(model, run, made, tmp_path, chunk, calls):
+    reward = Reward()
+    assert plain(sample(model, run, tmp_path, reward, chunk=chunk)) == made[0]
+    assert len(reward.calls) == calls
+    assert (run.folder / "sampled.jsonl").read_bytes() == made[1].read_bytes()
 
 
 # -- read again
@@ -223,10 +191,6 @@ def test_a_run_keeps_its_samples_when_only_rounding_would_move_them(model, run, 
     reward, facts = Reward(), FACTS | {"attn": "eager", "torch": "9.0"}
     assert plain(sample(model, run, file.parent.parent, reward, facts=facts)) == rows
     assert reward.calls == []
-
-
-def test_no_prompts(model, run, tmp_path):
-    assert sample(model, run, tmp_path, prompts=[]) == []
 
 
 def test_what_a_model_and_a_reward_hold(checkpoints, tmp_path, monkeypatch):

@@ -89,8 +89,7 @@ def estimate(
     head += 0 if args.lora_rank else full * vocabulary * hidden
     gradients = trained_models * full * trained / shards
     activations *= trained_models
-    gaps = 1.5 if args.gradient_checkpointing else 0.5 if args.lora_rank else 0.1  # measured
-    process = 0 if cuda else 0.4 * GIB + gaps * activations
+    gaps = activations * (1.5 if args.gradient_checkpointing else 0.5 if args.lora_rank else 0.1)
     parts = {
         "weights": trained_models * (full * trained + computed * frozen) / shards,
         "gradients": gradients,
@@ -98,7 +97,7 @@ def estimate(
         "copies": copies,
         "activations": activations,
         "head": head,
-        "other": frozen_models * computed * size / shards + process,
+        "other": frozen_models * computed * size / shards + (0 if cuda else 0.4 * GIB + gaps),
     }
     return Estimate(parts)
 
