@@ -1,7 +1,7 @@
 """The output layer alone: response log-probs from hidden states, forward and backward.
 
     python -m benchmarks.head --shapes gpt2 --rounds 5        # minutes on a laptop
-    python -m benchmarks.head --device cuda --responses 64 --length 33 --answer 32 > head.md
+    python -m benchmarks.head --device cuda --dtype bfloat16 --responses 64 --length 33 --answer 32 > head.md
 
 Ours (kernels/token_logps.py) beside plain logits of the response tokens and of all positions, and
 TRL's fused head as its DPOTrainer calls it. A DPO loss without a reference makes all of them give
@@ -42,7 +42,7 @@ class Args:
     length: int = 400  # tokens of prompt and response
     answer: int = 40  # tokens of the response
     rounds: int = 3
-    dtype: Literal["float32", "bfloat16"] | None = None  # default: float32, on CUDA bfloat16
+    dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -141,7 +141,6 @@ def compare(shape: str, args: Args) -> None:
 
 
 def main(args: Args) -> None:
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     print_header(args.device)
     for shape in args.shapes:
         compare(shape, args)

@@ -1,8 +1,8 @@
 """Rollouts: what online methods share and no paper has an opinion about.
 
-A method file shows its stages: sample, score, log-probs, advantages, update. Here are the parts of
-them that are equal in all: models and their checks, sampled responses and what is known of their
-tokens, the order of minibatches, alarms, evaluation on held-out prompts.
+A method file shows its stages: sample, score, log-probs, advantages, update. Here are the parts
+that are the same in all of them: models and their checks, sampled responses and what is known of
+their tokens, the order of minibatches, alarms, evaluation on held-out prompts.
 """
 
 import time
@@ -129,8 +129,9 @@ class Online:
 
     @torch.no_grad()
     def sample(self, prompts: list[np.ndarray], samples: int, step: int) -> Rollout:
-        """Responses at --temperature, of at most --max-length - --max-prompt-length tokens."""
+        """Responses at --temperature, of at most --max-length minus --max-prompt-length tokens."""
         args, stop_ids, seed = self.args, self.tokenizer.stop_ids, hash_of(self.args.seed, step)
+        self.run.tokens = 0  # `collate` counts what is learned from
         room = args.max_length - args.max_prompt_length
         responses = generate(
             self.policy, prompts, stop_ids, room, args.temperature, seed, self.run, samples=samples
