@@ -172,7 +172,7 @@ def main(args: Args) -> None:
         return losses, metrics
 
     def evaluate() -> None:
-        parts = run.held_out_rows(held_out) if run.due(args.eval_every) else []
+        parts = run.held_out_rows(held_out_mismatched) if run.due(args.eval_every) else []
         kl = kl_of(held_out_mismatched, run.share(parts, "held-out KL"), len(held_out))
         run.evaluate(lambda batch: losses_of(batch, kl), held_out, tokenizer)
 

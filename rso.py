@@ -220,24 +220,15 @@ def write_pairs(file: Path, rows: list[common.Row], tokenizer: Any) -> None:
     file.write_text("".join(lines), encoding="utf-8")
 
 
-def check(args: Args) -> None:
-    """Before hours of sampling."""
-    if not args.sampling_beta >= 0 or not args.gamma > 0:
-        raise common.UserError("--sampling-beta must be 0 or more, --gamma positive")
-    if not args.temperature > 0 or not args.top_k >= 0:
-        raise common.UserError("--temperature must be positive, --top-k 0 or more")
+def main(args: Args) -> None:
+    if not args.gamma > 0 or not args.temperature > 0:
+        raise common.UserError("--gamma and --temperature must be positive")
     if not 2 <= args.accepted <= args.samples:
         raise common.UserError("--accepted must be 2 or more, and --samples at least as many")
-    if args.prompts is not None and args.prompts < 1:
-        raise common.UserError("--prompts must be 1 or more")
     if not args.reward:
         raise common.UserError("--reward: what scores the answers? A folder of reward_model.py")
     check_reward(args.reward)
-
-
-def main(args: Args) -> None:
     run = common.Run(args)
-    check(args)
     tokenizer = common.load_tokenizer(args.model, args.max_length)
     train, held_out = common.load_rows(args, tokenizer, kind="prompt")
     order = np.random.default_rng(args.seed).permutation(len(train))[: args.prompts]
@@ -248,16 +239,12 @@ def main(args: Args) -> None:
 
     # Sample, score, accept: the policy is pi_sft here, also when a run continues from a checkpoint.
     reward = load_reward(args.reward, tokenizer, args, run)
-    facts = common.from_main(lambda: stored.facts_of(args))
-
     pairs = []
     for part, rows in enumerate((train, held_out)):
+        prompts, name = [row.prompt for row in rows], ("sampled", "sampled-held-out")[part]
         sampled = stored.sample_and_score(
-            policy, [row.prompt for row in rows], tokenizer, reward, run, facts,
-            samples=args.samples, max_new_tokens=args.max_length - args.max_prompt_length,
-            temperature=args.temperature, top_k=args.top_k, seed=hash_of(args.seed, part),
-            label=("sampled", "sampled-held-out")[part],
-        )  # fmt: skip
+            policy, prompts, tokenizer, reward, run, seed=hash_of(args.seed, part), label=name
+        )
         label = ("accepted", "held out")[part]
         pairs.append(accept_and_pair(sampled, args, (args.seed, part + 1), tokenizer, label))
     train, held_out = pairs

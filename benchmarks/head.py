@@ -1,7 +1,7 @@
 """The output layer alone: response log-probs from hidden states, forward and backward.
 
     python -m benchmarks.head --shapes gpt2 --rounds 5        # minutes on a laptop
-    python -m benchmarks.head --device cuda --dtype bfloat16 --responses 64 --length 33 --answer 32 > head.md
+    python -m benchmarks.head --device cuda --dtype bfloat16 --responses 64 > head.md
 
 Ours (kernels/token_logps.py) beside plain logits of the response tokens and of all positions, and
 TRL's fused head as its DPOTrainer calls it. A DPO loss without a reference makes all of them give

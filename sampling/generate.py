@@ -4,16 +4,13 @@ A sample depends on the weights, its prompt, the seed and its number, but not on
 its batch or on the number of processes: token t of sample k of prompt i is found by inverting the
 cumulative distribution at the one uniform number that belongs to (seed, i, k, t).
 
-The prompts of a batch are padded on the left and go through the model once. The cache is then
-copied for each of a prompt's K samples, and every row grows by one token per forward pass. A row
-that has ended leaves the batch, and nothing more is computed for it.
-
-With --fsdp, each process holds all weights in the compute dtype while it samples. Gathering them
-for every token would take much longer.
+Prompts, padded on the left, go through the model once. The cache is then copied for each of the K
+samples, and every row grows by one token per forward pass. Rows that have ended leave the batch.
+With --fsdp, each process holds all weights in the compute dtype while it samples.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -52,7 +49,7 @@ def generate(
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     parts = [longest_first[at : at + size] for at in range(0, len(prompts), size)]
     found = torch.full((len(prompts), samples, max_new_tokens), -1, dtype=torch.int32)
-    with _attention_for_sampling(policy), _gathered(policy):
+    with _ready_to_sample(policy):
         for part, mine in run.share(parts, label):
             # NumPy seeds [seed, i] and [seed, i, 0] alike: one sample is the first of many.
             uniforms = [
@@ -77,30 +74,24 @@ def generate(
     return [row[row >= 0].numpy() for row in found.flatten(0, 1)]
 
 
-def _gathered(policy: nn.Module) -> AbstractContextManager:
-    if not hasattr(next(policy.parameters()), "full_tensor"):  # not sharded
-        return nullcontext()
-    from training.fsdp import gathered
-
-    return gathered(policy)
-
-
 @contextmanager
-def _attention_for_sampling(policy: nn.Module) -> Iterator[None]:
-    """Avoid recompilation: the cache grows with every token, and flex_attention and compiled layers
-    would be compiled again for each length.
+def _ready_to_sample(policy: nn.Module) -> Iterator[None]:
+    """Gather sharded weights, and avoid recompilation: the cache grows with every token, and
+    flex_attention and compiled layers would be compiled again for each length.
     """
-    config = policy.lm.config
-    chosen, compiled = config._attn_implementation, getattr(policy, "compiled", False)
-    if chosen == "flex_attention":
-        softcap = getattr(config, "attn_logit_softcapping", None)
-        policy.lm.set_attn_implementation("eager" if softcap else "sdpa")
-    try:
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            yield
-    finally:
-        if chosen == "flex_attention":
-            policy.lm.set_attn_implementation(chosen)
+    lm, attention = policy.lm, policy.lm.config._attn_implementation
+    with ExitStack() as stack:
+        if hasattr(next(policy.parameters()), "full_tensor"):  # sharded
+            from training.fsdp import gathered
+
+            stack.enter_context(gathered(policy))
+        if getattr(policy, "compiled", False):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if attention == "flex_attention":
+            softcap = getattr(lm.config, "attn_logit_softcapping", None)
+            lm.set_attn_implementation("eager" if softcap else "sdpa")
+            stack.callback(lm.set_attn_implementation, attention)
+        yield
 
 
 def _generate_batch(

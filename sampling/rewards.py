@@ -9,6 +9,7 @@ Such a score is known up to a constant per prompt.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Reward:
     def __call__(self, prompts: Ids, responses: Ids) -> Tensor:
         if self.model is None:  # the main process calls the function: it need not know of others
             texts = self.texts(prompts, responses)
-            scores = common.from_main(lambda: {"scores": self.ask_function(*texts)})["scores"]
+            scores = common.from_main(partial(self.ask_function, *texts))
             return torch.tensor(scores, dtype=torch.float64)
         scores = self.ask_model(prompts, responses)
         for i in (~scores.isfinite()).nonzero()[:1, 0].tolist():
@@ -75,26 +76,21 @@ class Reward:
         return self.beta * (logps[0] - logps[1])
 
     def as_its_tokens(self, prompts: Ids, responses: Ids) -> tuple[Ids, Ids]:
-        """Encode the texts with the model's own tokenizer; too long a prompt keeps its end."""
+        """Encode the texts with the model's own tokenizer, for scoring only."""
         theirs, texts = self.its_tokenizer, self.texts(prompts, responses)
-        ids = [theirs(side, add_special_tokens=False).input_ids if side else [] for side in texts]
-        most = getattr(self.model.lm.config, "max_position_embeddings", None) or sys.maxsize
-        both: tuple[Ids, Ids] = ([], [])
-        for prompt, answer, response in zip(*ids, responses, strict=True):
-            ended = len(response) and int(response[-1]) in self.tokenizer.stop_ids
-            answer = (answer + [theirs.eos_token_id] * bool(ended))[: most - 1]
-            room = most - len(answer) - len(theirs.bos)
-            prompt = theirs.bos + prompt[max(0, len(prompt) - room) :]
-            both[0].append(np.array(prompt, np.int32))
-            both[1].append(np.array(answer or [theirs.eos_token_id], np.int32))
-        return both
+        asked, answers = (theirs(side, add_special_tokens=False).input_ids for side in texts)
+        for answer, response in zip(answers, responses, strict=True):
+            if not answer or int(response[-1]) in self.tokenizer.stop_ids:
+                answer.append(theirs.eos_token_id)
+        prompts = [np.array(theirs.bos + ids, np.int32) for ids in asked]
+        return prompts, [np.array(ids, np.int32) for ids in answers]
 
     def ask_function(self, prompts: list[str], responses: list[str]) -> list[float]:
         try:
             answer = self.function(prompts, responses)
         except Exception as error:
             where = self.where_it_fails(prompts, responses)
-            why = f"{type(error).__name__}: {_first_line(error)}"
+            why = f"{type(error).__name__}: {error}"
             raise common.UserError(f"{self.named} raised {why}, {where}") from error
         try:
             scores = [float(score) for score in answer]
@@ -122,10 +118,6 @@ class Reward:
         raise common.UserError(f"{self.named} gave {score}, which is not finite, for {row}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _row(i: int, prompts: list[str], responses: list[str]) -> str:
     texts = f"prompt ...{prompts[i][-80:]!r}, response {responses[i][:80]!r}"
     return f"row {i + 1} of {len(prompts):,}: {texts}"
@@ -139,18 +131,13 @@ def load_reward(
     check_reward(reward, flag)
     found = Reward(reward, tokenizer, run, flag)
     file, _, function = reward.rpartition(":")
-    if reward == "family":
-        found.function = task.reward
-        common.say(name, "family: the true reward of the embedded task")
-        return found
-    if file.endswith(".py"):
+    if reward == "family" or file.endswith(".py"):
 
-        def load() -> dict:
+        def load() -> None:  # only on the main process, which calls it
             found.function = _function_of(file, function, found.named)
-            return {}
 
         common.from_main(load)
-        common.say(name, f"{function} of {file}, called by the main process")
+        common.say(name, "the true reward of the embedded task" if reward == "family" else reward)
         return found
     model, _, other = reward.partition("@")
     theirs = common.load_tokenizer(model)
@@ -188,12 +175,10 @@ def reads_tokens_of(theirs: Any, tokenizer: Any) -> bool:
 
 def check_reward(reward: str, named: str = "--reward") -> None:
     """Refuse what cannot be a reward, before anything is loaded."""
-    file, _, function = reward.rpartition(":")
+    file = reward.rpartition(":")[0]
     if file.endswith(".py"):
         if not Path(file).expanduser().is_file():
             raise common.UserError(f"{named} {reward}: there is no file {file}")
-        if not function.isidentifier():
-            raise common.UserError(f"{named} {reward}: {function!r} is not a function's name")
     elif reward.endswith(".py"):
         raise common.UserError(f"{named} {reward}: which function of it? {reward}:NAME")
     elif reward != "family":
@@ -202,13 +187,14 @@ def check_reward(reward: str, named: str = "--reward") -> None:
 
 
 def _function_of(file: str, name: str, named: str) -> Callable[[list[str], list[str]], list[float]]:
-    path = Path(file).expanduser().resolve()
-    spec = spec_from_file_location(f"reward:{path.stem}", path)  # it may be called like ours
+    if not file:
+        return task.reward
+    spec = spec_from_file_location(f"reward:{Path(file).stem}", Path(file).expanduser())
     module = sys.modules[spec.name] = module_from_spec(spec)  # where data classes look
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        why = f"{type(error).__name__}: {_first_line(error)}"
+        why = f"{type(error).__name__}: {error}"
         raise common.UserError(f"{named}: importing it raised {why}") from error
     if not callable(found := getattr(module, name, None)):
         raise common.UserError(f"{named}: there is no function {name} in {file}")
@@ -217,8 +203,7 @@ def _function_of(file: str, name: str, named: str) -> Callable[[list[str], list[
 
 def contents_of(name: str) -> dict[str, str]:
     """Return file -> hash of all that a model or reward is made of; nothing for a hub id."""
-    file = Path("family/task.py") if name == "family" else Path(name.rpartition(":")[0])
-    found = {common.HERE / file if name == "family" else file.expanduser()}
+    found = {Path(task.__file__ if name == "family" else name.rpartition(":")[0]).expanduser()}
     for part in (name, *name.split("@")):
         for pattern in ("*.safetensors", "*config.json", "tokenizer.json"):
             found.update(model_folder(part).glob(pattern))

@@ -130,17 +130,14 @@ def score_rows(
     return common.sum_over_processes(scores)[torch.arange(longest) < counts[:, None]]
 
 
-def mean_sample_score(
-    model: ScoreModel, start: common.Policy, rows: list[common.Row], tokenizer: Any, run: common.Run
-) -> float:
-    """Return the mean score of answers that the starting model samples to the rows' prompts."""
+def sample_rows(
+    start: common.Policy, rows: list[common.Row], tokenizer: Any, run: common.Run
+) -> list[common.Row]:
+    """Return rows with the same prompts, and one answer each that the starting model samples."""
     most, room = run.args.max_prompt_length, run.args.max_length - run.args.max_prompt_length
     prompts = [cut_prompt(row.prompt, most, tokenizer) for row in rows]
-    answers = generate(
-        start, prompts, tokenizer.stop_ids, room, temperature=1.0, seed=run.args.seed, run=run
-    )
-    rows = [common.Row(x, [y], x) for x, y in zip(prompts, answers, strict=True)]
-    return float(score_rows(model, rows, run).mean())
+    answers = generate(start, prompts, tokenizer.stop_ids, room, 1.0, run.args.seed, run)
+    return [common.Row(x, [y], x) for x, y in zip(prompts, answers, strict=True)]
 
 
 def measure_on_family(

@@ -2,37 +2,36 @@
 token, and runs that learn from the same samples in different ways draw them only once.
 
 A cached file holds some prompts, a JSON line each. Its folder is named by a digest of everything
-that the samples depend on. The run's folder gets a copy of all lines, and the facts behind the
-digest.
+that the samples depend on. The run's folder gets a copy of all lines, which is also a data set of
+ranked rows, and the facts behind the digest.
 """
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 import common
 from sampling.generate import generate, text_of
-from sampling.rewards import contents_of
+from sampling.rewards import Reward, contents_of
 from training.checkpoint import file_hash
 from training.run_folder import package_version, rows_digest
 
 ROUNDING = {"attn", "torch", "transformers"}  # these facts move samples by rounding only
+RESPONSES_PER_FILE = 4096
 
 
-def facts_of(args: Any) -> dict[str, Any]:
-    """Return what samples and scores depend on, besides the arguments of `sample_and_score`. Only
-    for the main process: it hashes all weights.
-    """
-    named = ("model", "reward", "dtype", "attn", "lora_rank")
-    facts = {name: getattr(args, name) for name in named}
+def facts_of(args: Any, prompts: list[np.ndarray], seed: int) -> dict[str, Any]:
+    """Return what samples and scores depend on. It hashes all weights."""
+    flags = "model reward dtype attn lora_rank samples temperature top_k".split()
+    facts = {name: getattr(args, name) for name in flags} | {"seed": seed}
+    facts["max_new_tokens"] = args.max_length - args.max_prompt_length
+    facts["the list of prompts"] = rows_digest([common.Row(ids, [], ids) for ids in prompts])
     facts |= {name: package_version(name) for name in ("torch", "transformers")}
     ours = [common.HERE / "common.py", *sorted((common.HERE / "sampling").glob("*.py"))]
     facts |= {file.name: file_hash(file) for file in ours}
@@ -43,46 +42,36 @@ def sample_and_score(
     policy: common.Policy,
     prompts: list[np.ndarray],
     tokenizer: Any,
-    reward: Callable[[list[np.ndarray], list[np.ndarray]], Tensor],  # -> (N,)
+    reward: Reward,
     run: common.Run,
-    facts: dict[str, Any],  # from facts_of
-    *,
-    samples: int,  # K responses per prompt
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
     seed: int,
     label: str = "sampled",  # name of the file in the run's folder
-    chunk: int = 0,  # prompts in a cached file; 0: those of 4096 responses
 ) -> list[common.Row]:
-    """Return K scored responses per prompt, on every process: the cached ones, and new ones. The
-    file in the run's folder is also a data set of ranked rows.
-    """
-    chunk = chunk or max(1, 4096 // samples)
-    digest = rows_digest([common.Row(ids, [], ids) for ids in prompts])
-    facts = facts | {"samples": samples, "max_new_tokens": max_new_tokens, "top_k": top_k}
-    facts |= {"temperature": temperature, "seed": seed, "the list of prompts": digest}
-    facts = common.from_main(lambda: _settle(run.folder / f"{label}.json", facts))
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-    folder = Path(run.args.cache_dir or "runs/.cache").expanduser() / f"sampled-{key}"
+    """Return --samples scored responses per prompt, on every process."""
+    args, K = run.args, run.args.samples
+    facts = partial(settle, run.folder / f"{label}.json", lambda: facts_of(args, prompts, seed))
+    digest = hashlib.sha256(json.dumps(common.from_main(facts), sort_keys=True).encode())
+    folder = Path(args.cache_dir or "runs/.cache").expanduser()
+    folder /= f"sampled-{digest.hexdigest()[:24]}"
     rows: list[common.Row] = []
     files, made, seconds = [], 0, 0.0
-    for at in range(0, len(prompts), chunk):
-        part = prompts[at : at + chunk]
+    size = max(1, RESPONSES_PER_FILE // K)  # prompts in a file
+    for at in range(0, len(prompts), size):
+        part = prompts[at : at + size]
         files.append(folder / f"{at}-{at + len(part)}.jsonl")
         # Only the main process touches files: other machines have other disks.
         new = common.from_main(partial(_read, files[-1]))
         if new is None:
             begin = time.perf_counter()
             responses = generate(
-                policy, part, tokenizer.stop_ids, max_new_tokens, temperature, seed, run,
-                label=f"{label} {at + len(part):,}/{len(prompts):,}", samples=samples, top_k=top_k,
-                first=at,
+                policy, part, tokenizer.stop_ids, args.max_length - args.max_prompt_length,
+                args.temperature, seed, run, samples=K, top_k=args.top_k, first=at,
+                label=f"{label} {at + len(part):,}/{len(prompts):,}",
             )  # fmt: skip
             seconds += time.perf_counter() - begin
             made += sum(map(len, responses))
-            scores = reward([x for x in part for _ in range(samples)], responses).numpy()
-            slices = [slice(k * samples, (k + 1) * samples) for k in range(len(part))]
+            scores = reward([prompt for prompt in part for _ in range(K)], responses).numpy()
+            slices = [slice(k * K, (k + 1) * K) for k in range(len(part))]
             each = zip(part, slices, strict=True)
             new = [common.Row(prompt, responses[k], prompt, scores[k]) for prompt, k in each]
             if common.MAIN_PROCESS:
@@ -93,13 +82,14 @@ def sample_and_score(
             for file in files:
                 complete.write(file.read_bytes())
     speed = f"{made / seconds:,.0f} tokens/s" if made else "cached"
-    many = f"{len(rows) * samples:,} answers to {len(rows):,} prompts"
+    many = f"{len(rows) * K:,} answers to {len(rows):,} prompts"
     common.say("sampling", f"{many} ({speed}), in {folder}")
     return rows
 
 
-def _settle(file: Path, facts: dict[str, Any]) -> dict[str, Any]:
+def settle(file: Path, make_facts: Any) -> dict[str, Any]:
     """Return the facts behind the run's samples. A run that has learned from them keeps them."""
+    facts = json.loads(json.dumps(make_facts()))
     if not file.is_file() or not any(file.parent.glob("checkpoint-*")):
         file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         return facts

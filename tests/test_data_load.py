@@ -20,6 +20,7 @@ from data.kinds import LeftOut, convert
 
 WHY, SO = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
 NO, SYSTEM = SO | {"content": "No."}, {"role": "system", "content": "Be kind."}
+CUT_GZIP = gzip.compress(b"[" * 9999, mtime=0)[:-9]
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +111,7 @@ def test_labels_of_a_csv():
     [
         ("a.parquet", b"no", "a.parquet: cannot be read (Parquet file size is 2 bytes"),
         ("a.jsonl.gz", b"no", "a.jsonl.gz: cannot be read (Not a gzipped file"),
-        ("a.json.gz", gzip.compress(b"[" * 9999)[:-9], "a.json.gz: cannot be read (Compressed"),
+        ("a.json.gz", CUT_GZIP, "a.json.gz: cannot be read (Compressed"),
         ("a.csv", b"text\n\xff\n", "a.csv: cannot be read ('utf-8' codec"),
         ("a.txt", b"a", "a.txt: the name must end with one of .jsonl, .json, "),
         ("b/a.jsonl", None, "b/a.jsonl: there is no such file or folder"),

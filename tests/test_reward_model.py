@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import common
 import dpo
 import reward_model
-from family import measure, task
+from family import task
 from reward_model import reward_model_loss
 from sampling import rewards, score_model
 
@@ -119,29 +119,19 @@ def test_equal_and_far_scores(dtype):
 
 
 def test_metrics_are_means_over_pairs():
-    """Also over micro-batches with other numbers of pairs: sums and counts are added up."""
-    rng = random.Random(3)
-    scores = [[rng.gauss(0, 1) for _ in range(4)] for _ in range(12)]
-    preferences = [[rng.choice([0.0, 1.0, 2.0]) for _ in range(4)] for _ in scores]
-    preferences[5][2:], preferences[6] = [NAN, NAN], [1.0] * 4
-    scores[0][1], preferences[0][:2] = scores[0][0], [1.0, 0.0]  # a tie
-    sums: dict[str, np.ndarray] = {}
-    for rows in (slice(0, 2), slice(2, 9), slice(9, 12)):
-        for name, value in called(scores[rows], preferences[rows], 0.3, 0.1)[2].items():
-            values, weights = value if isinstance(value, tuple) else (value, torch.ones_like(value))
-            sums[name] = sums.get(name, 0) + np.array([float(values.sum()), float(weights.sum())])
-    wanted = list(zip(scores, preferences, strict=True))
-    pairs = [(row[i], row[j]) for row, order in wanted for i, j in pairs_of(order)]
-    mean = lambda values: math.fsum(values) / len(pairs)  # noqa: E731
+    scores = [[2.0, 1.0, 1.0, 5.0], [0.0, 3.0, 9.0, 9.0]]
+    metrics = called(scores, [[1, 0, 1, NAN], [1, 0, NAN, NAN]], 0.3, 0.1)[2]
+    pairs = [(2, 1), (1, 1), (0, 3)]  # (chosen, rejected)
     expected = {
-        "loss": math.fsum(equation(row, order, 0.3, 0.1)[0] for row, order in wanted) / 12,
-        "rewards/chosen": mean(a for a, _ in pairs),
-        "rewards/rejected": mean(b for _, b in pairs),
-        "rewards/margins": mean(a - b for a, b in pairs),  # without --margin
-        "rewards/accuracies": mean((a > b) + (a == b) / 2 for a, b in pairs),
+        "rewards/chosen": 3 / 3,
+        "rewards/rejected": 5 / 3,
+        "rewards/margins": (1 + 0 - 3) / 3,  # without --margin
+        "rewards/accuracies": (1 + 0.5 + 0) / 3,
     }
-    found = {name: total / count for name, (total, count) in sums.items()}
-    assert found == pytest.approx(expected, rel=F64)
+    for name, mean in expected.items():
+        values, weights = metrics[name]
+        assert weights.sum() == len(pairs)
+        assert float(values.detach().sum()) / 3 == pytest.approx(mean, rel=F64)
 
 
 # -- whole runs
@@ -155,18 +145,9 @@ FLAGS = {
 pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
-def as_dialogue(row: dict) -> dict:
-    says = lambda text: [{"role": "assistant", "content": text.strip()}]  # noqa: E731
-    ask = [{"role": "user", "content": row["prompt"]}]
-    if "chosen" in row:
-        return {side: ask + says(row[side]) for side in ("chosen", "rejected")}
-    return row | {"prompt": ask, "responses": [says(text) for text in row["responses"]]}
-
-
 def rows_of(kind: str) -> str:
     """A file of 60, of which about 3 are held out."""
-    rows = ranked_rows(60) if "ranked" in kind else pair_rows(60)
-    rows = [as_dialogue(row) for row in rows] if "dialogues" in kind else rows
+    rows = ranked_rows(60) if kind == "ranked" else pair_rows(60)
     return str(write_jsonl(Path(f"{kind}.jsonl"), rows))
 
 
@@ -218,15 +199,17 @@ def assert_plain_transformers_reads_it(folder: str, model) -> None:
 
 
 RUNS = [
-    ("llama", "pairs"), ("gemma2", "ranked"), ("gpt2", "pairs"), ("qwen2", "dialogues"),
-    ("qwen2", "ranked-dialogues"),
-]  # fmt: skip
+    ("llama", "pairs", 0),
+    ("gemma2", "ranked", 0),
+    ("gpt2", "pairs", 0),
+    ("llama", "ranked", 4),
+]
 
 
-@pytest.mark.parametrize("architecture, kind", RUNS)
-def test_a_run(checkpoints, architecture, kind, monkeypatch, capsys):
-    """All weights move, and the level is set on answers that the starting model samples to prompts
-    of training, at temperature 1.
+@pytest.mark.parametrize("architecture, kind, rank", RUNS)
+def test_a_run(checkpoints, architecture, kind, rank, monkeypatch, capsys):
+    """All weights move (with adapters those of linear layers), and the level is set on answers that
+    the starting model samples to prompts of training, at temperature 1.
     """
     asked, generate = [], score_model.generate
     monkeypatch.setattr(
@@ -235,7 +218,7 @@ def test_a_run(checkpoints, architecture, kind, monkeypatch, capsys):
         lambda *args, **more: asked.append((args, more, generate(*args, **more))) or asked[0][2],
     )
     start = checkpoints(architecture)
-    model = train(start, kind, "out", max_steps=2, max_prompt_length=40)
+    model = train(start, kind, "out", max_steps=2, max_prompt_length=40, lora_rank=rank)
     steps = steps_of("out")
     assert [step["step"] for step in steps] == [1, 2]
     assert all(math.isfinite(step["loss"]) and step["grad_norm"] > 0 for step in steps)
@@ -243,15 +226,17 @@ def test_a_run(checkpoints, architecture, kind, monkeypatch, capsys):
     before, after = load_file(start / "model.safetensors"), load_file("out/model.safetensors")
     name_in = lambda name: next(n for n in after if n.endswith(name))  # noqa: E731
     body = {name: w for name, w in before.items() if not name.startswith("lm_head")}
-    assert [n for n, w in body.items() if torch.equal(w, after[name_in(n)])] == []
-    assert after["score.weight"].shape == (1, 32)
+    kept = [n for n, w in body.items() if torch.equal(w, after[name_in(n)])]
+    assert kept == [n for n in body if rank and ("norm" in n or "embed" in n)]
+    trained = {name for name, p in model.lm.named_parameters() if p.requires_grad}
+    assert "score.weight" in trained and after["score.weight"].shape == (1, 32)
     assert plainpref_of("out")["history"] == ["reward_model"]
     assert_plain_transformers_reads_it("out", model)
 
     assert f"level      {model.score_bias:.4f} is subtracted" in capsys.readouterr().out
-    (policy, prompts, _, room), more, answers = asked[0]
-    assert len(prompts) == 8 and max(map(len, prompts)) <= 40 and room == 56
-    assert more["temperature"] == 1.0
+    (policy, prompts, _, room, temperature, *_), _, answers = asked[0]
+    assert len(prompts) == 8 and max(map(len, prompts)) <= 40
+    assert (room, temperature) == (56, 1.0)
     weights = policy.lm.state_dict()
     assert all(torch.equal(weights[name], w) for name, w in before.items())
     tokenizer = common.load_tokenizer(str(start))
@@ -260,46 +245,17 @@ def test_a_run(checkpoints, architecture, kind, monkeypatch, capsys):
 
 
 def test_it_learns(checkpoints):
-    """An answer whose first word is "yes" is better."""
+    """An answer whose first word is "yes" is better. No level is set."""
     flags = {"max_steps": 24, "lr": 3e-3, "margin": 0.0, "center_weight": 0.0, "zero_on": 0}
     model = train(checkpoints("llama"), "pairs", "out", **flags, eval_every=0, save_every=0)
     first, *_, last = [x for x in json_lines("out/metrics.jsonl") if "eval/loss" in x]
     assert first["eval/loss"] == pytest.approx(LN_2, abs=0.25)
     assert last["eval/rewards/accuracies"] > 0.9 and last["eval/loss"] < 0.5
-    assert last["eval/rewards/chosen"] > last["eval/rewards/rejected"] + 1
-    assert model.score_bias == plainpref_of("out")["score_bias"] == 0  # --zero-on 0
-    assert "next        python ppo.py --model" in Path("out/summary.txt").read_text()
-    # It writes no text, so it can be neither trained by another method nor its reference.
-    for more in ({"model": "out"}, {"model": str(checkpoints("llama")), "ref_model": "out"}):
-        values = {"dataset": rows_of("pairs"), "batch_size": 8, "max_length": 96}
-        values |= {"max_prompt_length": 64, "output_dir": "next", "resume": "never"}
-        with pytest.raises(common.UserError, match="out: a reward model, which writes no text"):
-            with as_in_a_process_of_its_own():
-                dpo.main(dpo.Args(**values | more))
-
-
-@pytest.mark.parametrize("architecture, kind", [("llama", "pairs"), ("gpt2", "ranked")])
-def test_adapters(checkpoints, architecture, kind):
-    """The head is trained; the merged folder and the adapter score like the trained model."""
-    import peft
-
-    start = checkpoints(architecture)
-    model = train(start, kind, "out", lora_rank=4, lr=1e-2)
-    trained = {name for name, p in model.lm.named_parameters() if p.requires_grad}
-    adapters = {name for name, _ in model.lm.named_parameters() if ".lora_" in name}
-    assert adapters and trained == adapters | {"score.weight"}
-    assert_plain_transformers_reads_it("out", model)
-    saved = load_file("out/model.safetensors")
-    assert not any("lora" in name or "base_layer" in name for name in saved)
-
-    ids = torch.arange(3, 40)[None]
-    base = AutoModelForSequenceClassification.from_pretrained(start, num_labels=1)
-    loaded = peft.PeftModel.from_pretrained(base, "out/adapter").eval()
-    merged = AutoModelForSequenceClassification.from_pretrained("out").eval()
-    base.config.pad_token_id = merged.config.pad_token_id
-    with torch.no_grad():
-        by_adapter, by_folder = loaded(input_ids=ids).logits, merged(input_ids=ids).logits
-    torch.testing.assert_close(by_adapter, by_folder, rtol=1e-4, atol=1e-4)
+    assert model.score_bias == plainpref_of("out")["score_bias"] == 0
+    with pytest.raises(common.UserError, match="out: a reward model, which writes no text"):
+        with as_in_a_process_of_its_own():  # no other method can train it
+            values = {"max_length": 96, "max_prompt_length": 64, "dataset": "pairs.jsonl"}
+            dpo.main(dpo.Args(model="out", batch_size=8, output_dir="next", **values))
 
 
 class Broken(Exception):
@@ -322,7 +278,7 @@ def test_a_run_that_broke_goes_on_to_the_same_end(checkpoints, monkeypatch, flag
 
     for where, name, instead, saved in (
         (reward_model, "reward_model_loss", broken, 2),
-        (score_model, "mean_sample_score", broken_level, 4),
+        (score_model, "sample_rows", broken_level, 4),
     ):
         with monkeypatch.context() as patch, pytest.raises(Broken):
             patch.setattr(where, name, instead)
@@ -350,13 +306,6 @@ def assert_same_training(one: str, other: str) -> None:
 HOT = {"dtype": "float64", "lr": 1e-2, "max_steps": 3, "save_every": 0, "eval_every": 0}
 
 
-@pytest.mark.parametrize("kind", ["pairs", "ranked"])
-def test_same_steps_with_other_micro_batches(checkpoints, kind):
-    for size in (8, 2):
-        train(checkpoints("llama"), kind, f"of-{size}", **HOT, micro_batch_size=size)
-    assert_same_training("of-8", "of-2")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True])
 def test_same_steps_with_two_processes(checkpoints, fsdp):
@@ -370,52 +319,22 @@ def test_same_steps_with_two_processes(checkpoints, fsdp):
     assert_same_training("by-1", "by-2")
 
 
-@pytest.mark.parametrize("flags", ({}, {"lora_rank": 4, "dtype": "bfloat16"}), ids=str)
-def test_a_reward_model_can_go_on(checkpoints, flags):
+def test_a_reward_model_can_go_on(checkpoints):
     """With its own head. It writes no answers, so those of the rows score 0 on average."""
     first = train(checkpoints("gpt2"), "pairs", "first", lr=1e-2)
-    train("first", "pairs", "next", max_steps=2, **flags)
-    losses = held_out_losses("first")[-1], held_out_losses("next")[0]
-    assert losses[1] == pytest.approx(losses[0], rel=2e-2 if flags else 1e-6)
+    train("first", "pairs", "next", max_steps=2)
+    assert held_out_losses("next")[0] == pytest.approx(held_out_losses("first")[-1], rel=1e-6)
     tokenizer = common.load_tokenizer("next", 96)
     args = common.Args(dataset="pairs.jsonl", max_length=96, max_prompt_length=64)
     rows = common.load_rows(args, tokenizer, "ranked")[0][:8]
     prompts = [row.prompt for row in rows for _ in row.responses]
     scores = load_reward("next", tokenizer)(prompts, [y for row in rows for y in row.responses])
-    assert scores.mean().item() == pytest.approx(0, abs=0.1 if flags else 1e-5)
+    assert scores.mean().item() == pytest.approx(0, abs=1e-5)
     known = plainpref_of("next")
     assert known["history"] == ["reward_model"] * 2 and known["score_bias"] != first.score_bias
-    train("first", "pairs", "no-level", max_steps=1, zero_on=0)
-    assert plainpref_of("no-level")["score_bias"] == 0  # not that of the model before
-
-
-@pytest.mark.parametrize("margin, eps", [(-0.1, 1e-8), (NAN, 1e-8), (0.0, 0.0)])
-def test_flags_that_mean_nothing(checkpoints, margin, eps):
-    with pytest.raises(common.UserError, match="--margin|--adam-eps"):
-        train(checkpoints("llama"), "pairs", "out", margin=margin, adam_eps=eps)
 
 
 # -- the embedded task
-
-
-@pytest.mark.parametrize("sign", (1, -1, 0))
-def test_measured_on_the_embedded_task(sign):
-    """The true reward reaches the ceiling; a constant is right half the time."""
-
-    def sample(which, texts, temperature, seed, label, samples=1):
-        rng = random.Random(seed)
-        right = [task.write(task.right_answer(text)) for text in texts for _ in range(samples)]
-        written = [rng.choice([x, x + ", Zoe", " Zoe", " Ada"]) for x in right]
-        return written, written
-
-    def score(prompts, answers):
-        return [sign * x for x in task.reward(prompts, answers)]
-
-    found = measure.measure_scores(sample, score, 24)
-    assert found["prompts"] == 24 and 24 < found["pairs"] < 6 * 24 and 0.6 < found["ceiling"] <= 1
-    assert found["share"] == pytest.approx(sign, abs=1e-12)
-    assert found["accuracy"] == pytest.approx(0.5 + sign * (found["ceiling"] - 0.5))
-    assert found["true_accuracy"] == pytest.approx((1 + sign) / 2)
 
 
 def test_a_run_on_the_embedded_task(monkeypatch):
@@ -430,43 +349,3 @@ def test_a_run_on_the_embedded_task(monkeypatch):
     assert "accuracy of the true reward itself" in Path("first/summary.txt").read_text()
     train("first", "family:off-policy", "next", **flags)
     assert "reward_model: 1 steps" in Path("next/summary.txt").read_text()
-
-
-# -- TRL
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("margin, c", [(None, None), (0.4, 0.07)])
-def test_the_loss_is_that_of_trl(checkpoints, margin, c):
-    """TRL's RewardTrainer tokenises, pads and reads the score with its own code."""
-    from datasets import Dataset
-    from trl import RewardConfig, RewardTrainer
-
-    model = train(checkpoints("llama"), "pairs", "out", zero_on=0)
-    raws = pair_rows(9, seed=4)
-    tokenizer = common.load_tokenizer("out", 96)
-    args = common.Args(dataset=str(write_jsonl(Path("p.jsonl"), raws)), max_length=96)
-    rows = common.load_rows(args, tokenizer, "ranked")[0]
-    batch = common.collate(rows, list(range(9)), torch.device("cpu"))
-    with torch.no_grad():
-        losses, metrics = reward_model_loss(model(batch), batch.scores, margin or 0.0, c or 0.0)
-    config = RewardConfig(
-        output_dir="trl", report_to="none", bf16=False, use_cpu=True, disable_tqdm=True,
-        gradient_checkpointing=False, center_rewards_coefficient=c, max_length=96,
-    )  # fmt: skip
-    data = [row | ({} if margin is None else {"margin": margin}) for row in raws]
-    trainer = RewardTrainer(
-        model="out",
-        args=config,
-        train_dataset=Dataset.from_list(data),
-        processing_class=AutoTokenizer.from_pretrained("out"),
-    )
-    examples = [trainer.train_dataset[i] for i in range(9)]
-    for example, row in zip(examples, rows, strict=True):
-        both = [example["chosen_ids"], example["rejected_ids"]]
-        assert both == [[*row.prompt.tolist(), *y.tolist()] for y in row.responses]
-    theirs = trainer.compute_loss(trainer.model.eval().float(), trainer.data_collator(examples))
-    assert losses.mean().item() == pytest.approx(theirs.item(), rel=0, abs=1e-6)
-    right, pairs = metrics["rewards/accuracies"]
-    logged = trainer._metrics["eval"]["accuracy"][0]
-    assert float(right.sum() / pairs.sum()) == pytest.approx(logged)

@@ -3,9 +3,6 @@ response at a time; and everything else that can score, with all that can go wro
 """
 
 import math
-import random
-import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +18,16 @@ from sampling import rewards, score_model
 ARCHITECTURES = ("llama", "gemma2", "gpt2", "qwen2")  # gpt2: padding is the end-of-sequence
 CLOSE = {"rtol": 0, "atol": 1e-5}
 BIAS = 0.375  # exact in any dtype
-# (prompt length, lengths of the responses)
-PAIRS = [(12, (5, 9)), (3, (11, 2)), (1, (1, 4)), (20, (7, 7)), (9, (3, 1))]
-RAGGED = [(6, (4, 9, 2, 5)), (15, (3,)), (2, (1, 12)), (10, (8, 2, 6)), (4, (5, 5, 1, 1))]
+ROWS = [  # (prompt length, lengths of the responses)
+    (6, (4, 9, 2, 5)), (15, (3,)), (2, (1, 12)), (10, (8, 2, 6)), (4, (5, 5, 1, 1)), (1, (1, 4)),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run():
-    """One process; pytest gets its signal handlers back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield common.Processes()
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    run = common.Processes()
+    yield run
+    run.stop_request.uninstall()  # pytest gets its signal handlers back
 
 
 def make_reward_model(architecture: str, folder: Path, labels: int = 1, **more) -> Path:
@@ -55,13 +50,11 @@ def make_reward_model(architecture: str, folder: Path, labels: int = 1, **more) 
 @pytest.fixture(scope="module")
 def reward_models(tmp_path_factory):
     """reward_models(architecture) -> a folder, made once."""
-    made: dict[str, Path] = {}
+    base = tmp_path_factory.mktemp("reward-models")
 
     def get(architecture: str) -> Path:
-        if architecture not in made:
-            folder = tmp_path_factory.mktemp("reward-models") / architecture
-            made[architecture] = make_reward_model(architecture, folder)
-        return made[architecture]
+        folder = base / architecture
+        return folder if folder.exists() else make_reward_model(architecture, folder)
 
     return get
 
@@ -110,19 +103,16 @@ def collated(rows: list[common.Row], shared_for=None):
 # -- where a score is read
 
 
-@pytest.mark.parametrize("shapes", (PAIRS, RAGGED), ids=("pairs", "ragged"))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_scores_and_values_are_those_of_plain_transformers(
-    architecture, shapes, reward_models, run
-):
+def test_scores_and_values_are_those_of_plain_transformers(architecture, reward_models, run):
     """A score is read at the last token of a response, a value before each token, wherever they are
     and whatever is around them.
     """
     folder = reward_models(architecture)
     model, truth = load(folder, run), plain_model(folder)
     assert model.score_bias == BIAS
-    rows = random_rows(shapes, 0 if architecture == "gpt2" else 2)
+    rows = random_rows(ROWS, 0 if architecture == "gpt2" else 2)
     expected = [plain_score(truth, r.prompt, y) - BIAS for r in rows for y in r.responses]
     expected = torch.tensor(expected)
     assert expected.std() > 0.5  # no two responses could be swapped
@@ -162,37 +152,23 @@ def test_a_language_model_gets_a_head_that_depends_on_the_seed_alone(checkpoints
         score_model.fresh_head(model, 0.25, seed)
         heads.append(model.lm.score.weight.detach().clone())
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
-    draws = torch.cat(heads[1:]).flatten()  # 64 of them
-    assert draws.std() == pytest.approx(0.25, rel=0.3) and abs(draws.mean()) < 0.1
-    score_model.fresh_head(model, 0.0, 6)
-    assert (model.lm.score.weight == 0).all()
+    assert torch.cat(heads[1:]).std() == pytest.approx(0.25, rel=0.3)  # of 64 numbers
     truth = AutoModelForCausalLM.from_pretrained(checkpoints("llama"))
     body = dict(model.lm.base_model.named_parameters())
     assert all(torch.equal(body[n], p) for n, p in truth.base_model.named_parameters())
     assert "newly initialized" not in "".join(capsys.readouterr())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @torch.no_grad()
-def test_a_frozen_model(architecture, reward_models, run):
-    """Matrices in 16 bits, the rest as it was. Its scores are about as close to exact ones as those
-    of autocast.
-    """
-    folder, batch = reward_models(architecture), collated(random_rows(RAGGED + PAIRS))
-    exact, cast, low = (
-        load(folder, run, dtype, frozen)
-        for dtype, frozen in (("float32", True), ("bfloat16", False), ("bfloat16", True))
-    )
-    assert {p.dtype for p in exact.parameters()} == {torch.float32}
+def test_a_frozen_model(reward_models, run):
+    """Matrices in 16 bits, the rest as it was: its scores are close to exact ones."""
+    batch = collated(random_rows(ROWS))
+    exact, low = (load(reward_models("gpt2"), run, x, frozen=True) for x in ("float32", "bfloat16"))
     for name, p in low.lm.named_parameters():
         wide = p.dim() == 1 or name == "score.weight"
         assert p.dtype == (torch.float32 if wide else torch.bfloat16), name
-        assert not p.requires_grad
-    there = batch.lengths > 0
-    expected, by_cast, scores = (model(batch)[there] for model in (exact, cast, low))
-    assert scores.dtype == torch.float32
-    errors = [(x - expected).square().mean().sqrt() / expected.std() for x in (by_cast, scores)]
-    assert 1e-4 < errors[1] < min(2e-2, 1.5 * errors[0])
+    errors = (low(batch) - exact(batch))[batch.lengths > 0]
+    assert errors.dtype == torch.float32 and 1e-4 < errors.std() < 5e-2
 
 
 def test_labels(checkpoints, reward_models, tmp_path, run):
@@ -258,19 +234,15 @@ def test_ids_are_scored_as_they_were_sampled(architecture, reward_models, run):
 
 
 def test_scores_do_not_depend_on_who_else_is_scored(reward_models, run):
+    """Also where responses share a prompt."""
     folder = reward_models("gemma2")
     reward = load_reward(folder, common.load_tokenizer(str(folder)), run)
     rows = random_rows([(2 + i % 17, (1 + i * 7 % 23,)) for i in range(40)])
-    prompts, answers = [row.prompt for row in rows], [row.responses[0] for row in rows]
+    prompts, answers = [rows[i // 3].prompt for i in range(40)], [row.responses[0] for row in rows]
     assert len(rows) > score_model.SCORED_AT_ONCE
     scores = reward(prompts, answers)
-    backwards = reward(prompts[::-1], answers[::-1]).flip(0)
-    torch.testing.assert_close(backwards, scores, **CLOSE)
-    alone = torch.cat([reward(prompts[i : i + 1], answers[i : i + 1]) for i in range(0, 40, 3)])
-    torch.testing.assert_close(alone, scores[::3], **CLOSE)
-    together = reward([prompts[0]] * 20, answers[:20])  # several rows of one prompt
-    one = torch.cat([reward(prompts[:1], answers[i : i + 1]) for i in range(20)])
-    torch.testing.assert_close(together, one, **CLOSE)
+    alone = torch.cat([reward(prompts[i : i + 1], answers[i : i + 1]) for i in range(40)])
+    torch.testing.assert_close(alone, scores, **CLOSE)
 
 
 @pytest.mark.parametrize("policy, theirs", [("qwen2", "llama"), ("llama", "qwen2")])
@@ -291,17 +263,12 @@ def test_another_tokenizer_reads_the_text(policy, theirs, reward_models, run, ca
 
 
 def test_a_score_that_is_not_finite(reward_models, run):
-    folder = reward_models("llama")
-    tokenizer = common.load_tokenizer(str(folder))
-    reward = load_reward(folder, tokenizer, run)
+    folder = str(reward_models("llama"))
+    reward = load_reward(folder, tokenizer := common.load_tokenizer(folder), run)
     with torch.no_grad():
         reward.model.lm.score.weight[:] = math.inf
-    with pytest.raises(common.UserError) as error:
+    with pytest.raises(common.UserError, match=f"--reward {folder} gave .* not finite, for row 1"):
         reward(*as_ids(PROMPTS, ANSWERS, tokenizer))
-    name, _, rest = str(error.value).partition(" gave ")
-    assert name == f"--reward {folder}" and rest.endswith(
-        ", which is not finite, for row 1 of 4: prompt ...'the cat sat?', response ' on the mat'"
-    )
 
 
 # -- a@b: what a language model has learned from preferences
@@ -346,27 +313,13 @@ def test_two_language_models(architecture, beta, checkpoints, tmp_path, run, cap
         load_reward(f"{learned}@{checkpoints('qwen2')}", tokenizer, run)
 
 
-def test_the_embedded_reward_knows_better_than_chance(run):
-    """On 64 unseen questions it prefers the right answer to a wrong one."""
-    tokenizer = common.load_tokenizer("tiny")
-    reward = load_reward("tiny-preferred@tiny", tokenizer, run)
-    rng, prompts, texts = random.Random(0), [], []
-    for text in task.test_prompts(64):
-        asker = text.split("?")[0].split()[-1]  # who asks is in no right answer
-        right = task.write(task.right_answer(text))
-        wrong = " " + rng.choice([name for name in (asker, "Zoe") if name not in right])
-        prompts, texts = [*prompts, text, text], [*texts, right, wrong]
-    scores = reward(*as_ids(prompts, texts, tokenizer, [True] * 128))
-    assert (scores[0::2] > scores[1::2]).double().mean() > 0.65
-
-
 # -- the embedded task, and functions
 
 
 def test_family(run, capsys):
     tokenizer, questions = common.load_tokenizer("tiny"), task.test_prompts(4)
     reward = load_reward("family", tokenizer, run)
-    assert "family: the true reward" in capsys.readouterr().out
+    assert "the true reward of the embedded task" in capsys.readouterr().out
     answers = [" Ada", " Ben and Cid", " none", ""]
     scores = reward(*as_ids(questions, answers, tokenizer))
     assert scores.tolist() == task.reward(questions, answers)
@@ -388,39 +341,30 @@ def of_file(source: str, tokenizer, run, name: str = "score") -> rewards.Reward:
     return load_reward(f"mine.py:{name}", tokenizer, run)
 
 
-@pytest.mark.parametrize("policy", ("llama", "qwen2", "gpt2"))
-def test_a_function_gets_texts(policy, here, reward_models, run):
-    """No BOS, no end; what a template wrote stays. All rows in one call."""
-    tokenizer = common.load_tokenizer(str(reward_models(policy)))
+def test_a_function_gets_texts(here, reward_models, run):
+    """No BOS, no end; what a template wrote stays. All rows in one call. Data classes work."""
+    tokenizer = common.load_tokenizer(str(reward_models("qwen2")))
     source = """
-seen = []
-def score(prompts, responses):
-    seen.append((prompts, responses))
-    return [len(p) + len(y) / 8 for p, y in zip(prompts, responses, strict=True)]
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Judge:
+    weight: float
+
+    def __call__(self, prompts, responses):
+        self.seen = (prompts, responses)
+        return (len(p) + self.weight * len(y) for p, y in zip(prompts, responses, strict=True))
+
+score = Judge(0.125)
 """
     reward = of_file(source, tokenizer, run)
-    questions, answers = list(PROMPTS), [" on the mat", " ü\n", "", " so"]
-    if policy == "qwen2":
-        questions[1] = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    answers = [" on the mat", " ü\n", "", " so"]
+    questions = ["<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n", *PROMPTS[1:]]
     scores = reward(*as_ids(questions, answers, tokenizer))
-    (call,) = reward.function.__globals__["seen"]
-    assert call == (questions, answers)
+    assert reward.function.seen == (questions, answers)
     expected = [len(p) + len(y) / 8 for p, y in zip(questions, answers, strict=True)]
     assert scores.tolist() == expected and scores.dtype == torch.float64
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        "[1, 2.5, True, -3]",
-        "__import__('numpy').array([1, 2.5, 1, -3])",
-        "__import__('torch').tensor([[1], [2.5], [1], [-3]])",
-        "(x for x in [1, 2.5, 1, -3])",
-    ],
-)
-def test_numbers_come_in_many_forms(given, here, tokenizer, run):
-    reward = of_file(f"def score(prompts, responses):\n    return {given}\n", tokenizer, run)
-    assert reward(*as_ids(PROMPTS, ANSWERS, tokenizer)).tolist() == [1, 2.5, 1, -3]
 
 
 ROW_1 = "row 1 of 4: prompt ...'the cat sat?', response ' on the mat'"
@@ -451,32 +395,11 @@ def test_what_a_function_can_do_wrong(returned, here, tokenizer, run):
     assert str(error.value) == f"--reward mine.py:score {MISTAKES[returned]}"
 
 
-def test_a_file_may_have_data_classes_and_the_name_of_one_of_ours(here, tokenizer, run):
-    source = """
-from __future__ import annotations
-from dataclasses import dataclass
-
-@dataclass
-class Judge:
-    weight: float
-
-    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-        return [self.weight] * len(prompts)
-
-score = Judge(0.5)
-"""
-    Path("common.py").write_text(source)
-    reward = load_reward("common.py:score", tokenizer, run)
-    assert reward(*as_ids(["a"], ["b"], tokenizer)).tolist() == [0.5]
-    assert sys.modules["common"] is common
-
-
 # -- what --reward cannot be
 
 NAMES = {  # before anything is loaded
     "none.py:score": "--reward none.py:score: there is no file none.py",
     "mine.py": "--reward mine.py: which function of it? mine.py:NAME",
-    "mine.py:1+1": "--reward mine.py:1+1: '1+1' is not a function's name",
     "./nowhere": "--reward ./nowhere: there is no such folder",
     "empty": "--reward empty: no config.json in empty",
     "tiny@runs/none": "--reward runs/none: there is no such folder",

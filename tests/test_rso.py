@@ -28,80 +28,33 @@ from sampling.generate import text_of
 # -- the rejection step
 
 
-@pytest.mark.parametrize("beta, draws", [(0.5, 50_000), (0.2, 20_000), (2.0, 20_000)])
-def test_the_first_accepted_follows_the_optimal_policy(beta, draws):
-    """In total variation. The likeliest of six answers is not the best; pools of 24 samples lack
-    the best one in 0.82^24 = 1 % of the cases.
+@pytest.mark.parametrize("beta, draws", [(0.5, 40_000), (0.2, 20_000), (2.0, 20_000)])
+def test_the_accepted_follow_the_optimal_policy(beta, draws):
+    """In total variation: the first one follows equation 4, the second one equation 4 without the
+    first. The likeliest of six answers is not the best; pools of 48 samples have them all.
     """
     policy = np.array([0.30, 0.22, 0.18, 0.15, 0.10, 0.05])
     scores = np.array([0.1, 0.8, 1.3, -0.5, 1.0, 0.4])
 
-    def tilted(beta: float) -> np.ndarray:  # equation 4
-        weights = policy * np.exp(scores / beta)
-        return weights / weights.sum()
+    def in_order(weights: np.ndarray) -> np.ndarray:
+        """(6, 6) probabilities of a first and a second answer."""
+        first = weights / weights.sum()
+        both = first[:, None] * first[None, :] / (1 - first[:, None])
+        return both * (1 - np.eye(6))
 
-    def distance(probabilities: np.ndarray) -> float:
-        return abs(counts / draws - probabilities).sum() / 2
+    def distance(weights: np.ndarray) -> float:
+        return abs(counts / draws - in_order(weights)).sum() / 2
 
-    rng, counts = np.random.default_rng(1), np.zeros(6)
-    pools = np.random.default_rng(0).choice(6, (draws, 24), p=policy)
-    for pool, of_pool in zip(pools.tolist(), scores[pools].tolist(), strict=True):
-        (first,) = rejection_sample(of_pool, 1, beta, rng)
-        counts[pool[first]] += 1
-    assert distance(tilted(beta)) < 0.03
-    assert distance(policy) > 0.1 and distance(tilted(2 * beta)) > 0.05
-
-
-def exactly(answers: str, scores: list[float], n: int, beta: float) -> dict[tuple, float]:
-    """The probability of every outcome, by enumeration. If no two answers (letters) are equal, this
-    is Algorithm 1.
-    """
-    found: Counter[tuple] = Counter()
-
-    def go_on(remaining: list[int], at: int, accepted: tuple, chance: float) -> None:
-        gone = {answers[i] for i in accepted}
-        if len(accepted) == n or not remaining:
-            found[accepted] += chance
-        elif at == len(remaining):  # a pass ends
-            go_on([i for i in remaining if answers[i] not in gone], 0, accepted, chance)
-        else:
-            highest = max(scores[i] for i in remaining)
-            taken = math.exp((scores[remaining[at]] - highest) / beta)
-            taken = 0.0 if answers[remaining[at]] in gone else taken
-            if taken > 0:
-                go_on(remaining, at + 1, (*accepted, remaining[at]), chance * taken)
-            if taken < 1:
-                go_on(remaining, at + 1, accepted, chance * (1 - taken))
-
-    go_on(list(range(len(scores))), 0, (), 1.0)
-    return dict(found)
-
-
-@pytest.mark.parametrize(
-    "answers, scores, n, beta",
-    [
-        ("abcde", [0.2, 1.0, 0.5, -0.3, 0.8], 3, 0.5),
-        ("abcde", [0.2, 4.0, 0.5, -0.3, 0.8], 3, 1.0),  # a stale maximum would take few others
-        ("abcd", [1.0, 0.0, 1.0, 0.5], 3, 0.4),  # two best
-        ("ababc", [0.5, 1.0, 0.5, 1.0, 0.2], 2, 0.5),
-        ("aabbca", [0.2, 0.2, 0.6, 0.6, 1.0, 0.2], 3, 0.4),
-    ],
-)
-def test_several_passes_are_algorithm_1(answers, scores, n, beta):
-    """Who is accepted, and in which order."""
-    expected = exactly(answers, scores, n, beta)
-    assert sum(expected.values()) == pytest.approx(1)
-    rng, many = np.random.default_rng(0), 20_000
-    given = [list(answers)] if len(set(answers)) < len(answers) else []
-    found = Counter(tuple(rejection_sample(scores, n, beta, rng, *given)) for _ in range(many))
-    assert found.keys() <= expected.keys()
-    often = [(found[x], many * p) for x, p in expected.items() if many * p >= 5]
-    statistic, free = sum((count - e) ** 2 / e for count, e in often), len(often) - 1
-    assert statistic < free + 5 * math.sqrt(2 * free)  # five standard deviations
+    rng, counts = np.random.default_rng(1), np.zeros((6, 6))
+    for pool in np.random.default_rng(0).choice(6, (draws, 48), p=policy).tolist():
+        taken = rejection_sample(scores[pool].tolist(), 2, beta, rng, pool)
+        counts[tuple(pool[i] for i in taken)] += 1
+    assert distance(policy * np.exp(scores / beta)) < 0.03
+    assert distance(policy) > 0.1 and distance(policy * np.exp(scores / (2 * beta))) > 0.05
 
 
 @pytest.mark.parametrize("beta", (0.0, 5e-324, 1e-3, 0.5, 1e300, math.inf))
-@pytest.mark.parametrize("scores", [[], [3.0], [0.5] * 5, [1e308, -1e308, 0.0], [3, 1, 2, 5, 4]])
+@pytest.mark.parametrize("scores", [[], [3.0], [0.5] * 5, [1e307, -1e307, 0.0], [3, 1, 2, 5, 4]])
 def test_any_scores_and_any_beta(scores, beta):
     """Each answer once, and all of them if as many or more are asked for. A tiny beta takes the
     best first (of equal ones the first), an infinite one takes them as they come.
@@ -143,20 +96,12 @@ def test_a_tournament_has_one_winner():
             assert scores[winner] > scores[loser] and winner not in losers[:at]
         games = Counter(winner for winner, _ in pairs) + Counter(losers)
         assert n == 1 or max(games.values()) <= math.ceil(math.log2(n))
-        if n == 5:  # the odd one of the first round plays first in the second
-            (alone,) = set(range(5)).difference(*pairs[:2])
-            assert alone in pairs[2]
 
 
-def test_equal_scores_make_no_pair():
-    """In a tournament either of two equal ones goes on, and meets the third."""
-    rng, met = np.random.default_rng(0), Counter()
-    for ranking in ("first-round", "tournament"):
-        for scores in ([1.0] * 7, [1.0], []):
-            assert pair_up(scores, ranking, rng) == []
-    for _ in range(3_000):
-        met.update(pair_up([1.0, 1.0, 0.0], "tournament", rng))
-    assert met.keys() == {(0, 2), (1, 2)} and abs(met[0, 2] - met[1, 2]) < 300
+@pytest.mark.parametrize("ranking", ("first-round", "tournament"))
+def test_equal_scores_make_no_pair(ranking):
+    for scores in ([1.0] * 7, [1.0], []):
+        assert pair_up(scores, ranking, np.random.default_rng(0)) == []
 
 
 # -- the loss
@@ -326,13 +271,6 @@ def test_a_run_leaves_samples_and_pairs(run, checkpoints, model):
     assert len(train) + len(more) > len(pairs) / 2
 
 
-@pytest.mark.parametrize("flags", [{}, {"ranking": "tournament", "loss": "hinge"}])
-def test_same_steps_with_other_micro_batches(run, flags):
-    for size in (8, 2):
-        run(f"of-{size}", **flags, dtype="float64", lr=1e-2, micro_batch_size=size)
-    assert_same_run("of-8", "of-2", exact=False)
-
-
 class Broken(Exception):
     """Ends a run in the middle, like a power cut."""
 
@@ -366,76 +304,31 @@ def test_a_run_that_broke_goes_on_with_its_samples(run, monkeypatch):
         assert_same_run("whole", folder)
 
 
-def test_a_changed_reward_is_another_run(run, monkeypatch):
-    """It would go on with other pairs than the checkpoint has learned from."""
-    with monkeypatch.context() as patch, pytest.raises(Broken):
-        break_in_step_4(patch)
-        run("out")
-    Path("lengths.py").write_text(LENGTHS.replace("% 11", "% 12"))
-    monkeypatch.setattr(stored, "generate", None)
-    with pytest.raises(common.UserError, match="out holds another run: .*lengths.py has changed"):
-        run("out")
-    Path("lengths.py").write_text(LENGTHS)
-    run("out")
-
-
-def test_what_samples_depend_on(run, monkeypatch):
-    """Other flags learn from the same samples, and have other pairs."""
-
-    def folders() -> int:
-        return len(set(Path("runs/.cache").glob("sampled-*")))
-
+def test_other_flags_learn_from_the_same_samples(run, monkeypatch):
     run("out", max_steps=1)
+    monkeypatch.setattr(stored, "generate", None)
     for name, value in (("sampling_beta", 0.1), ("accepted", 2), ("ranking", "tournament")):
         run(name, max_steps=1, **{name: value})
-        pairs = [Path(folder, "accepted.jsonl").read_bytes() for folder in ("out", name)]
-        assert pairs[0] != pairs[1] and folders() == 2  # of prompts to train on, and held-out ones
-    Path("other.py").write_text(LENGTHS.replace("% 11", "% 12"))
-
-    def stop(*args):
-        raise Broken
-
-    monkeypatch.setattr(rso, "accept_and_pair", stop)  # the training prompts are sampled
-    moved = [
-        {"seed": 1}, {"temperature": 0.9}, {"top_k": 5}, {"samples": 7}, {"prompts": 30},
-        {"max_length": 50}, {"max_prompt_length": 39}, {"dtype": "float64"}, {"model": "qwen2"},
-        {"reward": "other.py:score"}, {"attn": "eager"}, {"lora_rank": 2},
-    ]  # fmt: skip
-    for number, flags in enumerate(moved, 1):
-        with pytest.raises(Broken):
-            run(f"moved-{number}", **flags)
-        assert folders() == 2 + number
+        one, other = (Path(folder, "accepted.jsonl").read_bytes() for folder in ("out", name))
+        assert one != other
 
 
-@pytest.mark.parametrize(
-    "flags, text",
-    [
-        ({"sampling_beta": -0.1}, "--sampling-beta"),
-        ({"gamma": 0.0}, "--gamma"),
-        ({"temperature": 0.0}, "--temperature"),
-        ({"accepted": 1}, "--accepted"),
-        ({"samples": 3}, "--samples"),
-        ({"prompts": 0}, "--prompts"),
-        ({"reward": ""}, "--reward"),
-        ({"reward": "nowhere.py:score"}, "nowhere.py"),
-    ],
-)
-def test_what_cannot_work_is_said(run, monkeypatch, flags, text):
-    """Before the model is loaded."""
-    monkeypatch.setattr(common, "load_policy", None)
-    with pytest.raises(common.UserError, match=text):
-        run("out", **flags)
+WRONG = {"gamma": 0.0, "temperature": 0.0, "accepted": 1, "samples": 3, "reward": "none.py:score"}
 
 
-def test_too_few_pairs(run):
-    """Only the samples tell."""
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_work_is_said(run, monkeypatch, name):
+    """Before the model is loaded; but only the samples tell if there are too few pairs."""
+    with monkeypatch.context() as patch, pytest.raises(common.UserError, match=f"--{name}"):
+        patch.setattr(common, "load_policy", None)
+        run("out", **{name: WRONG[name]})
     with pytest.raises(common.UserError, match="--batch-size"):
         run("out", reward="lengths.py:constant")
 
 
 @pytest.mark.slow
-def test_two_processes_sample_and_train_as_one(run, checkpoints):
-    """Other machines learn the samples and the scores from the first."""
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_sample_and_train_as_one(run, checkpoints, fsdp):
     hot = {"dtype": "float64", "lr": 1e-2}
     run("by-1", **hot)
     values = FLAGS | hot | {"model": checkpoints("llama"), "dataset": Path("prompts.jsonl")}
@@ -443,6 +336,6 @@ def test_two_processes_sample_and_train_as_one(run, checkpoints):
     values = {k: v.resolve() if isinstance(v, Path) else v for k, v in values.items()}
     values["reward"] = f"{Path('lengths.py').resolve()}:score"
     flags = [x for k, v in values.items() for x in (f"--{k.replace('_', '-')}", v)]
-    status, _, err = run_script("rso.py", *flags, processes=2)
+    status, _, err = run_script("rso.py", *flags, *["--fsdp"] * fsdp, processes=2)
     assert status == 0, err
     assert_same_run("by-1", "by-2", exact=False)

@@ -135,7 +135,9 @@ def planned(run: Any, train: list) -> None:
     many = args.micro_batch_size * max(len(row.responses) for row in train)
     tokens = [sum(map(len, row.responses)) for row in train]
     length = max(row.length() for row in train)
-    run.largest = {"sequences": many, "length": length, "targets": max(tokens) * many}
+    run.largest = {
+        "sequences": many, "length": length, "targets": max(tokens) * args.micro_batch_size,
+    }  # fmt: skip
     theirs = from_main(lambda: run.made_from["--dataset"])
     if parallel.sum_over_processes(torch.tensor(float(theirs != run.made_from["--dataset"]))):
         raise ValueError(f"{args.dataset}: not all machines have the same rows of it")
