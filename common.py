@@ -76,7 +76,7 @@ class Args:
     lr: float = 1e-6  # peak learning rate
     schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = "linear"  # after warm-up
     warmup_ratio: float = 0.1  # share of the steps during which the learning rate rises from 0
-    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"  # PyTorch's, with their default betas
     weight_decay: float = 0.0  # on matrices only
     max_grad_norm: float = 1.0  # clip gradients to this norm; 0: never
     dtype: Literal["bfloat16", "float32", "float64"] | None = None  # default: bfloat16 on GPUs

@@ -82,13 +82,13 @@ class Args(common.Args):  # defaults: the paper's on TL;DR; other flags: common.
     loss: Literal["sigmoid-norm", "hinge-norm", "hinge"] = "sigmoid-norm"  # norm: with a reference
     ref_model: str | None = None  # reference model, or an average a+b; default: the starting policy
     soup_weight: float = 0.5  # weight of the first model of a soup, in [0, 1]
-    dataset: str | None = "tldr"
-    max_length: int = 512
-    max_prompt_length: int = 256
+    dataset: str | None = "tldr"  # a short name, a file, a folder, or a hub id
+    max_length: int = 512  # tokens of prompt and response together
+    max_prompt_length: int = 256  # tokens kept of the prompt; the rest is for the answer
     lr: float = 1e-5  # peak learning rate
     batch_size: int = 32  # pairs per optimizer step, over all processes
-    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = "constant"
-    max_grad_norm: float = 10.0
+    schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = "constant"  # after warm-up
+    max_grad_norm: float = 10.0  # clip gradients to this norm; 0: never
 
 
 # What differs from the defaults, by model. The defaults are the paper's (section 5, for T5-large, an

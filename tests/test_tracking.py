@@ -100,8 +100,8 @@ def test_a_failure_warns_once_and_stops_nothing(wandb, tmp_path, caplog):
         tracker.log({"loss": 1.0}, 1)
         tracker.log({"loss": 1.0}, 2)
         tracker.close()
-        (record,) = caplog.records
-        assert record.levelno == logging.WARNING and "no route to host" in record.message
+        (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
+        assert "no route to host" in record.message
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
