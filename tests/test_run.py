@@ -285,8 +285,8 @@ def test_kill_9(checkpoints, rows, tmp_path, processes):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
     subprocess.run(["pkill", "-9", "-f", str(tmp_path / "killed")])  # torchrun's children
+    process.communicate()
     time.sleep(1)
     assert not (tmp_path / "killed" / "model.safetensors").exists(), "it had finished already"
     status, out, err = run_script("dpo.py", *words("killed"), processes=processes)
