@@ -312,7 +312,8 @@ def sources(run: Any) -> list[Path]:
     used += ["training/fsdp.py"] if run.args.fsdp else []
     used += ["training/lora.py"] if run.args.lora_rank else []
     if "sampling" in run.script.read_text():
-        used += ["sampling/generate.py", "sampling/rewards.py", "sampling/rollouts.py"]
+        names = ("generate", "rewards", "rollouts", "score_model", "stored")
+        used += [f"sampling/{name}.py" for name in names]
     return [run.script, *(HOME / name for name in used if (HOME / name).is_file())]
 
 
