@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import pair_rows, write_jsonl
-from runs import steps_of, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from whole_runs import steps_of, train
 
 import common
 import dpo

@@ -22,12 +22,7 @@ from conftest import (
     start_script,
     write_jsonl,
 )
-
-import common
-import dpo
-import kto
-import sft
-from runs import (
+from whole_runs import (
     OWN,
     SMALL,
     as_flags,
@@ -39,6 +34,11 @@ from runs import (
     weights_of,
     without_timings,
 )
+
+import common
+import dpo
+import kto
+import sft
 from training import checkpoint, parallel
 
 KINDS = {"kto": labelled_rows, "pro": ranked_rows, "listwise_dpo": ranked_rows, "rrhf": ranked_rows}

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from conftest import labelled_rows, pair_rows, run_script, start_script, write_jsonl
-from runs import OWN, SMALL, as_flags, assert_close, assert_same_run, lines_of
+from whole_runs import OWN, SMALL, as_flags, assert_close, assert_same_run, lines_of
 
 pytestmark = pytest.mark.slow
 ROWS = {"kto": labelled_rows}
