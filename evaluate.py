@@ -50,14 +50,14 @@ class Args:
     dataset: str | None = None  # the one of the training: its held-out rows are used
     eval_dataset: str | None = None  # held-out rows; default: as in a's own run
     split: Literal["held-out", "train"] = "held-out"  # train: only for --export
-    prompts: int = 1024  # at most so many questions, and so many pairs
+    prompts: int = 1024  # at most this many questions, and pairs
     skip_bad_rows: bool = False  # leave out rows that cannot be used, instead of stopping
     max_length: int = 2048  # tokens of prompt and response together
     max_prompt_length: int = 1024  # a longer prompt loses its beginning
     temperature: tuple[float, ...] = (1.0, 0.0)  # one set of answers for each; 0: greedy
     max_new_tokens: int = 128  # per answer
     top_k: int = 0  # draw from the k most likely tokens only; 0: from all
-    best_of: int = 1  # draw so many answers with a, keep the one with the highest --select-by
+    best_of: int = 1  # draw N answers with a, keep the one with the highest --select-by
     select_by: str | None = None  # the reward of --best-of; default: --reward
     seed: int = 1  # of a's samples; b's have the next one
     batch_size: int = 256  # sequences per process

@@ -1,1 +1,1 @@
-"""Speed and memory of ours beside other libraries, both sides in one run."""
+"""Speed and memory of ours and of other libraries, both sides in one run."""

@@ -162,7 +162,7 @@ def newest(run: Any) -> Path | None:
         changed = [name for name in before if now.get(name, before[name]) != before[name]]
         if changed:
             raise ValueError(
-                f"{run.folder} holds another run: what {' and '.join(changed)} stands for has "
+                f"{run.folder} holds another run: what {' and '.join(changed)} names has "
                 "changed. --resume never starts a new folder"
             )
     return folder
