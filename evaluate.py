@@ -1,13 +1,14 @@
 """Measure a model (a) on held-out questions, next to the model that it was trained from (b).
 
-    python evaluate.py --model runs/dpo                                     # the embedded task
+    python evaluate.py --model runs/dpo                       # on the data set that it learned from
     python evaluate.py --model runs/dpo --dataset tldr --reward runs/reward --text-metrics
     python evaluate.py --model runs/dpo --dataset tldr --baseline chosen \\
         --judge http://localhost:8000/v1 --judge-model NAME
     python evaluate.py --model runs/sft --dataset tldr --reward runs/reward \\
         --best-of 16 --temperature 1
-    torchrun --nproc_per_node=4 evaluate.py --model google/gemma-2-9b-it \\
-        --dataset ultrafeedback --split train --export teacher.jsonl
+
+Without --dataset, the data set, the reward and the lengths are those of the run that saved the
+model (or else of the run that saved --reward).
 
     reward           of the answers, by --reward
     win_rate         share of questions where a's answer has the higher reward (a tie counts 1/2);
@@ -16,8 +17,7 @@
     kl, entropy      log a(y|x) - log b(y|x) and -log a(y|x) of samples from a at temperature 1
     length, ended    tokens, end-of-sequence included; share of answers that have one
     ranking          share of held-out pairs where the chosen response has the higher log-prob: its
-                     sum, its mean, or reference_normalised: the implicit reward log a - log b;
-                     mended: b wrong and a right; spoiled: b right and a wrong
+                     sum, its mean, or reference_normalised: the implicit reward log a - log b
     chrf, ...        chrF, BLEU and ROUGE-L against the data set's responses (--text-metrics)
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13, transformers 5.23.
@@ -38,18 +38,21 @@ from evaluation.estimates import Answers, add_wins, means
 from evaluation.judge import Judge
 from sampling.generate import generate, text_of
 from sampling.rewards import load_reward
+from sampling.show import printable, show
 from sampling.stored import prompt_text
 from training.parallel import stop
-from training.run_folder import git_commit, package_version
+from training.record import follow, run_of
+from training.run_folder import flag, git_commit, package_version
 
 
 @dataclass
 class Args:
     model: str = "tiny"  # a: a folder (runs/dpo), a short name (gemma-2-2b), or a Hugging Face id
     baseline: str | None = None  # b: a model, none, or chosen (the responses); default: a's start
-    dataset: str | None = None  # the one of the training: its held-out rows are used
+    dataset: str | None = None  # its held-out rows are used; default: as in a's own run
     eval_dataset: str | None = None  # held-out rows; default: as in a's own run
-    split: Literal["held-out", "train"] = "held-out"  # train: only for --export
+    columns: str | None = None  # rename columns of the rows: prompt=question,chosen=good
+    chat_template: Literal["auto", "none"] = "auto"  # auto: texts become chat turns if there is one
     prompts: int = 1024  # at most this many questions, and pairs
     skip_bad_rows: bool = False  # leave out rows that cannot be used, instead of stopping
     max_length: int = 2048  # tokens of prompt and response together
@@ -71,10 +74,10 @@ class Args:
     judge_template: str = "dialogue"  # tldr, dialogue, translation, or a file like these
     judge_max_tokens: int = 1024  # per reply; a judge that thinks aloud needs more
     checkpoints: bool = False  # also measure each checkpoint in the model's folder
+    show: int = 3  # print the answers to this many questions, at the lowest --temperature
     json: str | None = None  # file for all numbers
     markdown: str | None = None  # file for the table
     export: str | None = None  # file for rows for sft.py: a's answers, first --temperature
-    export_chosen: bool = False  # export the data set's responses instead
 
 
 TINY = dict(dataset="family", max_length=176, max_prompt_length=160, max_new_tokens=16)
@@ -82,25 +85,28 @@ TINY = dict(dataset="family", max_length=176, max_prompt_length=160, max_new_tok
 
 def complete(args: Args) -> None:
     """Fill in defaults that depend on other arguments. Refuse what cannot work."""
+    resolve_model(args.model)  # refuses a folder that is not there
+    run = run_of(args.model)
+    source = args.model if run else args.reward
+    if taken := follow(args, run_of(source)):
+        text = ", ".join(f"{flag(name)} {value}" for name, value in taken.items())
+        common.say("data", f"as in the run {source}: {text}")
     if args.dataset is None:
         raise common.UserError("--dataset is needed: a file, a short name or a hub id")
-    run = questions.run_of(args.model)
     if args.eval_dataset is None and run.get("dataset") == args.dataset:
         args.eval_dataset = run.get("eval_dataset")  # otherwise the run learned from all rows
     if args.baseline is None:
         args.baseline = run.get("model", "none")
-    if args.reward is None and args.dataset == "family":
+    if args.reward is None and args.dataset.split(":")[0] == "family":
         args.reward = "family"
     room, by = args.max_length - args.max_prompt_length, args.select_by or args.reward
     compares = args.judge_model and args.baseline != "none"
-    exports = args.split == "train" or args.export_chosen
     wrong = {
         "--max-length must hold prompt and answer": not 1 <= args.max_new_tokens <= room,
         "--temperature must be 0 or more": min(args.temperature, default=-1) < 0,
         "--best-of must be 1 to --batch-size": not 1 <= args.best_of <= args.batch_size,
         "--best-of needs --reward or --select-by": args.best_of > 1 and not by,
         "--best-of needs --temperature above 0": args.best_of > 1 and 0 in args.temperature,
-        "--split train and --export-chosen need --export": exports and not args.export,
         "--judge needs --judge-model and a --baseline": args.judge and not compares,
         "--checkpoints: there are none": args.checkpoints and not checkpoints_of(args.model),
     }
@@ -131,15 +137,11 @@ def main(args: Args) -> dict:
         theirs = common.load_tokenizer(resolve_model(args.baseline, "--baseline"))
         if theirs.get_vocab() != tokenizer.get_vocab():
             raise common.UserError(f"--baseline {args.baseline} has another tokenizer than --model")
-    with_responses = args.baseline == "chosen" or args.text_metrics or args.export_chosen
+    with_responses = args.baseline == "chosen" or args.text_metrics
     prompts, responses = questions.load_questions(args, tokenizer, with_responses)
-    if args.export_chosen:
-        export(args, prompts, responses, tokenizer)
-        return {}
-    is_test = args.split == "held-out"
-    pairs = questions.load_pairs(args, tokenizer) if is_test else []
+    pairs = questions.load_pairs(args, tokenizer)
     chooser = (args.select_by or args.reward) if args.best_of > 1 else None
-    names = dict.fromkeys((args.reward if is_test else None, chooser))
+    names = dict.fromkeys((args.reward, chooser))
     rewards = {name: load_reward(name, tokenizer, args, run) for name in names if name}
     a = common.load_policy(args, run, args.model, name="a", frozen=True)
     b = common.load_policy(args, run, args.baseline, name="b", frozen=True) if has_b else None
@@ -165,7 +167,7 @@ def main(args: Args) -> dict:
     def scored(ids: list[np.ndarray]) -> Answers:
         return Answers(ids, rewards[args.reward](prompts, ids).numpy() if args.reward else None)
 
-    table, by_length, facts = {}, {}, {"questions": len(prompts), "pairs": len(pairs)}
+    table, facts = {}, {"questions": len(prompts), "pairs": len(pairs)}
     for temperature in args.temperature:
         mode = {0.0: "greedy", 1.0: "sampled"}.get(temperature, f"sampled at {temperature:g}")
         made = answer(a, temperature, args.seed, args.best_of)
@@ -175,13 +177,15 @@ def main(args: Args) -> dict:
             made = [made[i * args.best_of + k] for i, k in enumerate(best)]
         if args.export and temperature == args.temperature[0]:
             export(args, prompts, made, tokenizer)
-        if not is_test:
-            return {}
         others = answer(b, temperature, args.seed + 1) if has_b else responses
         ours, theirs = scored(made), None if args.baseline == "none" else scored(others)
         estimates.compare_answers(table, mode, ours, theirs, tokenizer.stop_ids)
-        if args.reward:
-            by_length[mode] = ours.by_length()
+        if temperature == min(args.temperature) and common.MAIN_PROCESS:
+            for i, prompt in enumerate(prompts[: args.show]):
+                question = prompt_text(prompt, tokenizer)[-400:]
+                print(f"\nquestion {i + 1}, answers {mode}: {printable(question)}")
+                sides = [(args.model, ours), (args.baseline, theirs)][: 1 + bool(theirs)]
+                show([(name, x.note(i), text_of(x.ids[i], tokenizer)) for name, x in sides])
         if temperature == 1 and not chooser:  # else these are samples of another distribution
             logps = logps_of(a, rows_of(made))[:, 0]
             if has_b:
@@ -217,7 +221,7 @@ def main(args: Args) -> dict:
 
     versions = {name: package_version(name) for name in ("torch", "transformers", "numpy")}
     facts |= {"commit": git_commit(), "versions": versions}
-    record = {"arguments": asdict(args), **estimates.as_json(table), "by_length": by_length}
+    record = {"arguments": asdict(args), **estimates.as_json(table)}
     record |= {"curve": curve, "facts": facts}
     if common.MAIN_PROCESS:
         report(args, table, record)

@@ -131,12 +131,9 @@ class Answers:
     def lengths(self) -> np.ndarray:
         return np.array([len(ids) for ids in self.ids], float)
 
-    def by_length(self) -> list[dict]:
-        """Number and mean reward of the answers of each length."""
-        lengths, group = np.unique(self.lengths, return_inverse=True)
-        counts, sums = np.bincount(group), np.bincount(group, self.scores)
-        points = zip(lengths.tolist(), counts.tolist(), (sums / counts).tolist(), strict=True)
-        return [dict(zip(("length", "n", "reward"), point, strict=True)) for point in points]
+    def note(self, i: int) -> str:
+        reward = "" if self.scores is None else f", reward {self.scores[i]:.3f}"
+        return f"{len(self.ids[i])} tokens{reward}"
 
 
 def means(a: np.ndarray, b: np.ndarray | None = None, questions=None) -> list[Estimate]:
@@ -176,12 +173,10 @@ def compare_rankings(
     last = {row.key: i for i, row in enumerate(pairs)}
     questions = np.array([last[row.key] for row in pairs])
     models = [logps] if base_logps is None else [logps, base_logps]
-    by_sum = [outcomes(*x.T) for x in models]
-    rows = {"sum": by_sum, "mean": [outcomes(*(x / lengths).T) for x in models]}
+    rows = {"sum": [outcomes(*x.T) for x in models]}
+    rows["mean"] = [outcomes(*(x / lengths).T) for x in models]
     if base_logps is not None:
         rows["reference_normalised"] = [outcomes(*(logps - base_logps).T)]
-        rows["mended"] = [(by_sum[1] < 0.5) & (by_sum[0] > 0.5)]
-        rows["spoiled"] = [(by_sum[1] > 0.5) & (by_sum[0] < 0.5)]
     for key, values in rows.items():
         table[f"ranking/{key}"] = means(*values, questions=questions)
 

@@ -1,16 +1,15 @@
 """The questions and pairs that a model is measured on: rows that its training held out."""
 
-import json
+import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import common
 from data.load import test_split
-from data.models import model_folder
 from data.rows import cut_prompt, read, split_rows
+from training.record import run_of
 
 # The kind of rows that a method reads, if it is not "pair".
 READ_AS = {"sft": "demonstration", "kto": "labelled"}
@@ -18,27 +17,19 @@ READ_AS |= dict.fromkeys(("listwise_dpo", "pro", "rrhf"), "ranked")
 READ_AS |= dict.fromkeys(("raft", "rso", "ppo", "rloo", "grpo"), "prompt")
 
 
-def run_of(model: str) -> dict[str, Any]:
-    """The arguments of the run that saved a folder, and its `script`; {} for other models."""
-    try:
-        record = json.loads((model_folder(model) / "run.json").read_text(encoding="utf-8"))
-        return record["arguments"] | {"script": Path(next(iter(record["source"]))).stem}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
-        return {}
-
-
 def load_questions(
     args: Any, tokenizer: Any, with_responses: bool
 ) -> tuple[list[np.ndarray], list[np.ndarray] | None]:
     """At most --prompts distinct prompts, and the data set's responses to them."""
-    source = args.eval_dataset if args.split == "held-out" and args.eval_dataset else args.dataset
+    source = args.eval_dataset or args.dataset
     kind = "demonstration" if with_responses else "prompt"
     if source.split(":")[0] == "family":
         kind = "pair"  # its demonstrations are dialogues
-        if source == "family" and args.split == "held-out" and not with_responses:
+        if source == "family" and not with_responses:
             from family.task import test_prompts
 
             ids = (tokenizer(text).input_ids for text in test_prompts(args.prompts))
+            common.say("questions", f"{args.prompts:,} of the embedded task, unseen in training")
             return [np.array(x, np.int32) for x in ids], None
     distinct: dict[bytes, common.Row] = {}
     for row in load_rows(args, kind, tokenizer):
@@ -49,16 +40,17 @@ def load_questions(
 
 
 def load_pairs(args: Any, tokenizer: Any) -> list[common.Row]:
+    logging.disable(logging.INFO)  # the report on these rows was printed with the questions
     try:
         return split_rows(load_rows(args, "pair", tokenizer), args.prompts)[0]
     except ValueError as error:
         common.say("ranking", f"skipped, there are no pairs: {str(error).splitlines()[0]}")
         return []
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def load_rows(args: Any, kind: str, tokenizer: Any) -> list[common.Row]:
-    if args.split == "train":
-        return common.load_rows(args, tokenizer, kind)[0]
     test = args.eval_dataset or common.from_main(lambda: test_split(args.dataset, kind))
     if test:
         return read(test, "test", kind, tokenizer, args, common.Row, common.from_main)
@@ -68,7 +60,9 @@ def load_rows(args: Any, kind: str, tokenizer: Any) -> list[common.Row]:
         # from some of these. Keep the prompts that it held out itself.
         lengths = {name: run[name] for name in ("max_length", "max_prompt_length")}
         its_kind = READ_AS.get(run["script"], "pair")
+        logging.disable(logging.INFO)  # no second report
         unseen = common.load_rows(replace(args, **lengths), tokenizer, its_kind)[1]
+        logging.disable(logging.NOTSET)
         keys = {row.key for row in unseen}
         rows = [row for row in rows if row.key in keys]
     return rows

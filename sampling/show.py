@@ -1,0 +1,32 @@
+"""Answers on the terminal: next to each other if it is wide, else one under the other."""
+
+import shutil
+import textwrap
+import unicodedata
+from itertools import zip_longest
+
+NARROWEST = 48  # characters of a column
+DOUBLE = "WF"  # what Unicode calls characters that are two columns wide (Chinese, ...)
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal could act on: control characters, other directions of writing."""
+    shown = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return "".join(shown)
+
+
+def show(answers: list[tuple[str, str, str]]) -> None:
+    """Print (whose it is, facts about it, the answer) of one model or of several."""
+    answers = [(title, facts, printable(text).expandtabs(4)) for title, facts, text in answers]
+    width = shutil.get_terminal_size().columns // len(answers) - 3
+    double = any(unicodedata.east_asian_width(c) in DOUBLE for *_, text in answers for c in text)
+    if len(answers) == 1 or width < NARROWEST or double:
+        for title, facts, text in answers:
+            print(f"-- {title}: {facts}\n{text}", flush=True)
+        return
+    columns = []
+    for title, facts, text in answers:
+        lines = [f"-- {title}", facts, *text.split("\n")]
+        columns.append([part for line in lines for part in textwrap.wrap(line, width) or [""]])
+    for cells in zip_longest(*columns, fillvalue=""):
+        print(" | ".join(f"{cell:<{width}}" for cell in cells).rstrip(), flush=True)
