@@ -1,4 +1,4 @@
-"""A study's three pictures: reward against KL, against length, and along the run.
+"""A study's three pictures, a panel per method: reward against KL, against length, along the run.
 
 Copyright (c) 2026 the plainpref authors. MIT licence.
 """
@@ -9,13 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from evaluation.study import ORDER, groups, value
+from evaluation.study import groups, value
 
-# Okabe and Ito's colours for colour-blind people. Style and marker suffice in black and white.
-COLOURS = "#000000 #009e73 #0072b2 #d55e00 #cc79a7 #56b4e9 #e69f00".split()
-STYLES, MARKERS = ("-", "--", "-.", ":"), "osD^vPX<>"  # 36 combinations
-TRADE_OFF = """Reward of sampled answers against {}. A small point per run at the default strength;
-a line joins the strengths of a sweep. Across: without training."""
+UNTRAINED = ("start", "best-of-4")  # they have no panel
+TRADE_OFF = """Reward of sampled answers against {}. Blue: the method's runs; a line joins the
+strengths of a sweep, given as numbers. Grey: the other methods. Black: the start. Dotted: the
+reward of best-of-4."""
 CURVES = "Reward of sampled answers along one run of each method, on fewer questions. Grey: dpo."
 
 
@@ -33,46 +32,59 @@ def save(folder: Path, rows: list[dict]) -> dict[str, str]:
     return captions
 
 
-def new_figure(height: float, lines: int, columns: int, **shared) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(10, height), dpi=120, layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False, **shared).flat)
-    for axis in axes:
+def panels(titles: list[str], xlabel: str) -> tuple[Figure, list[Axes]]:
+    """Four in a line, all with the same axes."""
+    lines = -(-len(titles) // 4)
+    figure = Figure(figsize=(10, 0.8 + 2 * lines), dpi=120, layout="constrained")
+    axes = list(figure.subplots(lines, 4, squeeze=False, sharex=True, sharey=True).flat)
+    for axis, title in zip(axes, titles, strict=False):
+        axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
+    for axis in axes[len(titles) :]:
+        axis.axis("off")
+    figure.supxlabel(xlabel)
+    figure.supylabel("reward, sampled")
     return figure, axes
 
 
-def draw(axis: Axes, method: str, points: list[tuple], **changes) -> None:
-    i = ORDER.index(method)
-    style = {"color": COLOURS[i % 7], "linestyle": STYLES[i % 4], "marker": MARKERS[i % 9]}
+def draw(axis: Axes, points: list[tuple], color: str = "#0072b2", style: str = "o", **more) -> None:
     if points:
-        axis.plot(*zip(*points, strict=True), **style | {"label": method} | changes)
+        axis.plot(*zip(*points, strict=True), style, color=color, markersize=3, **more)
 
 
 def trade_off(rows: list[dict], key: str) -> Figure | None:
-    figure, (axis,) = new_figure(6, 1, 1)
-
     def points_of(runs: list[dict]) -> list[tuple]:
         points = [(value(run, key), value(run, "sampled/reward")) for run in runs]
         return [point for point in points if None not in point]
 
-    for method, runs in groups(rows).items():
-        if not runs[0]["default"]:
-            continue
-        seed = runs[0].get("seed")  # the first one, which a sweep has
+    found = {name: runs for name, runs in groups(rows).items() if runs[0]["default"]}
+    trained = [name for name, runs in found.items() if points_of(runs) and name not in UNTRAINED]
+    if not trained:
+        return None
+    figure, axes = panels(trained, "tokens per answer")
+    best = [*filter(None, (value(x, "sampled/reward") for x in found.get("best-of-4", ())))]
+    for axis, method in zip(axes, trained, strict=False):
+        for reward in best:
+            axis.axhline(reward, color="0.5", linestyle=":", linewidth=1)
+        draw(axis, [point for name in trained for point in points_of(found[name])], "0.8")
+        draw(axis, points_of(found.get("start", [])), "black", "s", clip_on=False)
+        draw(axis, points_of(found[method]))
+        seed = found[method][0].get("seed")  # the first one, which a sweep has
         sweep = [row for row in rows if (row["method"], row.get("seed")) == (method, seed)]
         sweep.sort(key=lambda row: row.get("strength") or 0)
-        draw(axis, method, points_of(runs), linestyle="none", markersize=4, label="_")
-        draw(axis, method, points_of(sweep))
-        if not points_of(runs) and (reward := value(runs[0], "sampled/reward")) is not None:
-            axis.axhline(reward, color="0.5", linestyle=":", label=method)
-    axis.set(xlabel="tokens per answer", ylabel="reward, sampled")
+        draw(axis, points_of(sweep), style="o-", linewidth=1)
+        for row in sweep if len(sweep) > 1 else ():
+            axis.set_title(f"{method}, by {row['knob']}", fontsize=10)
+            for point in points_of([row]):
+                how = {"xytext": (3, -9), "textcoords": "offset points", "fontsize": 7}
+                axis.annotate(f"{row['strength']:g}", point, **how)
     if key == "sampled/kl":
         # A square root, because most runs are where the KL is small. Estimates may be below 0.
-        axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-        axis.set(xlabel="KL from the start, nats per answer", xlim=(0, None))
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
-    return figure if axis.lines else None
+        axes[0].set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        axes[0].set(xlim=(0, None))
+        figure.supxlabel("KL from the start, nats per answer")
+    return figure
 
 
 def curves(rows: list[dict]) -> Figure | None:
@@ -83,14 +95,8 @@ def curves(rows: list[dict]) -> Figure | None:
             found[method] = [(p["step"] / curve[-1]["step"], p["reward"]) for p in curve]
     if not found:
         return None
-    lines = -(-len(found) // 4)
-    figure, axes = new_figure(0.8 + 2 * lines, lines, 4, sharex=True, sharey=True)
+    figure, axes = panels([*found], "share of the steps")
     for axis, method in zip(axes, found, strict=False):
-        draw(axis, "dpo", found.get("dpo", []), color="0.8")
-        draw(axis, method, found[method])
-        axis.set_title(method)
-    for axis in axes[len(found) :]:
-        axis.axis("off")
-    figure.supxlabel("share of the steps")
-    figure.supylabel("reward, sampled")
+        draw(axis, found.get("dpo", []), "0.8", "o-")
+        draw(axis, found[method], style="o-")
     return figure

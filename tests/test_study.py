@@ -62,13 +62,14 @@ def test_the_report(tmp_path):
 
 
 def test_the_pictures_show_the_rows():
-    (axis,) = pictures.trade_off(ROWS, "sampled/kl").axes
-    lines = {line.get_label(): line for line in axis.lines}
-    assert lines["dpo"].get_xydata().tolist() == [[4, 0.45], [1.2, 0.48], [0.3, 0.4]]  # by strength
-    assert set(lines["best-of-4"].get_ydata()) == {0.437}  # no KL: a line across
-    assert lines["start"].get_xydata().tolist() == [[0, 0.319]]
-    looks = [pictures.STYLES[i % 4] + pictures.MARKERS[i % 9] for i in range(len(study.ORDER))]
-    assert len(set(looks)) == len(looks)  # in black and white too
+    dpo, kto = pictures.trade_off(ROWS, "sampled/kl").axes[:2]
+    assert (dpo.get_title(), kto.get_title()) == ("dpo, by beta", "kto")
+    best, others, start, runs, sweep = (line.get_xydata().tolist() for line in dpo.lines)
+    assert {y for _, y in best} == {0.437}  # no KL: a line across
+    assert sorted(others) == [[1, 0.46], [1, 0.5], [1.2, 0.48]] and start == [[0, 0.319]]
+    assert runs == [[1.2, 0.48], [1, 0.46]]  # by seed
+    assert sweep == [[4, 0.45], [1.2, 0.48], [0.3, 0.4]]  # by strength
+    assert [text.get_text() for text in dpo.texts] == ["0.1", "0.3", "1"]
     curve = pictures.curves(ROWS).axes[0].lines[-1]
     assert np.allclose(curve.get_xydata(), [[0.5, 0.4], [1, 0.5]])
 
