@@ -2,14 +2,20 @@
 a traceback, and without a folder for a run that did not begin.
 """
 
+import json
+import re
 import shlex
 from importlib import import_module
 from pathlib import Path
 
+import matplotlib
 import pytest
 
 import common
-from training import errors
+from training import errors, report
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
 PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
@@ -127,3 +133,35 @@ def test_wrong_rows(content, name, words, capsys):
     Path(name).write_text(content)
     status, text = message(f"dpo.py --dataset {name}", capsys)
     assert status == 1 and words in text and text.startswith("error: ")
+
+
+# -- what a finished run shows
+
+
+def test_columns_of_the_closing_block_never_touch():
+    values = (0.5, -123456.7891, 1e12, None)
+    for label in ("loss", "a label " * 9):
+        for before in values:
+            for after in values:
+                line = report._line(label, before, after)
+                found = [label.strip(), *(f"{x:.3f}" for x in (before, after) if x is not None)]
+                assert re.split(" {2,}", line.strip())[: len(found)] == found
+
+
+def test_the_curves(tmp_path, monkeypatch):
+    steps = [{"step": s, "lr": s / 90, "loss": s % 2, "rewards/chosen": 1.0} for s in range(1, 91)]
+    steps = [step | {"rewards/rejected": 0.0, "kl": None} for step in steps]
+    lines = [{"step": 0, "eval/loss": 0.7}, *steps]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    report.curves(tmp_path, "a run", 38)
+    figure = pyplot.gcf()
+    loss, rewards, lr = (axis for axis in figure.axes if axis.get_title())
+    titles = [axis.get_title() for axis in (loss, rewards, lr)]
+    assert titles == ["loss", "rewards/chosen, rewards/rejected", "lr"]
+    assert [text.get_text() for text in rewards.get_legend().texts] == titles[1].split(", ")
+    assert "38 held-out rows" in loss.get_xlabel()
+    assert len(lr.lines[1].get_xdata()) == 90 and len(loss.lines[1].get_xdata()) == 88  # smoothed
+    assert all(tick == int(tick) for tick in lr.get_xticks())
+    monkeypatch.undo()
+    pyplot.close(figure)

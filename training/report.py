@@ -5,17 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
-PANELS = (  # title, metrics
+PANELS = (  # what it is, metrics
     ("loss", ("loss",)),
     ("mean score", ("objective/scores",)),
-    ("KL from the reference, nats per answer", ("objective/kl",)),
+    ("KL, nats per answer", ("objective/kl",)),
     ("KL coefficient", ("objective/kl_coef",)),
     ("entropy, nats per answer", ("objective/entropy",)),
     ("policy loss", ("loss/policy",)),
     ("value loss", ("loss/value",)),
     ("explained variance of the returns", ("val/explained_variance",)),
     ("share of clipped ratios", ("policy/clipfrac",)),
-    ("NLL of chosen answers, nats per token", ("nll_loss",)),
+    ("nats per chosen token", ("nll_loss",)),
     ("loss without its regulariser", ("hinge_loss", "chain_loss")),
     ("estimate of the KL", ("kl",)),
     ("implicit rewards", ("rewards/chosen", "rewards/rejected")),
@@ -26,6 +26,7 @@ PANELS = (  # title, metrics
     ("gradient norm", ("grad_norm",)),
     ("learning rate", ("lr",)),
 )
+EXACT = ("lr", "objective/kl_coef")  # set, not measured, so they are not smoothed
 HELD_OUT = (  # metrics of held-out rows in the closing block
     "loss", "objective/scores", "objective/gold", "objective/kl", "kl", "rewards/accuracies",
     "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected",
@@ -38,36 +39,39 @@ def read_metrics(folder: Path) -> tuple[list[dict], list[dict]]:
     return [x for x in lines if "lr" in x], [x for x in lines if "lr" not in x]
 
 
-def curves(folder: Path, title: str) -> None:
-    """Write curves.png: training pale, its moving average solid, held-out rows as dots."""
+def curves(folder: Path, title: str, held_out: int | None = None) -> None:
+    """Write curves.png: training pale, its moving average solid, `held_out` rows as dots."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     steps, evaluations = read_metrics(folder)
-    panels = [(t, [n for n in names if any(n in s for s in steps)]) for t, names in PANELS]
+    logged = {name for step in steps for name, x in step.items() if x is not None}
+    panels = [(t, [n for n in names if n in logged]) for t, names in PANELS]
     panels = [(t, names) for t, names in panels if names]
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(3.6 * columns, 2.6 * lines), squeeze=False)
+    rows = "held-out" if held_out is None else f"{held_out:,} held-out"
     styles = (("-", "#0072b2"), ("--", "#d55e00"), (":", "#444444"))
     for axis, (heading, names) in zip(axes.flat, panels, strict=False):
         for name, (style, colour) in zip(names, styles, strict=False):
             points = [(s["step"], s[name]) for s in steps if s.get(name) is not None]
-            if not points:
-                continue
             x, y = np.array(points, float).T
-            width = max(1, len(y) // 30)
+            width = 1 if name in EXACT else max(1, len(y) // 30)
             smooth = np.convolve(y, np.ones(width) / width, "valid")
             axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.7)
-            axis.plot(x[width - 1 :], smooth, style, color=colour, label=name.split("/")[-1])
-            held_out = [(e["step"], e[f"eval/{name}"]) for e in evaluations if f"eval/{name}" in e]
-            if held_out:
-                axis.plot(*zip(*held_out, strict=True), "o", color=colour, markersize=3.5)
-        axis.set_title(heading, fontsize=9)
+            axis.plot(x[width - 1 :], smooth, style, color=colour, label=name)
+            dots = [(e["step"], e[f"eval/{name}"]) for e in evaluations if f"eval/{name}" in e]
+            if dots:
+                axis.plot(*zip(*dots, strict=True), "o", color=colour, markersize=3.5)
+        axis.set_title(", ".join(names), fontsize=8)
+        axis.set_ylabel(heading, fontsize=7)
         axis.tick_params(labelsize=7)
-        axis.set_xlabel("step (dots: held-out rows)", fontsize=7)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlabel(f"step (dots: {rows} rows)" if evaluations else "step", fontsize=7)
         if len(names) > 1:
             axis.legend(fontsize=7, frameon=False)
     for axis in list(axes.flat)[len(panels) :]:
@@ -79,20 +83,29 @@ def curves(folder: Path, title: str) -> None:
 
 
 def closing(
-    folder: Path, script: str, model: str, step: int, seed: int, measured: dict | None = None
+    folder: Path,
+    script: str,
+    model: str,
+    step: int,
+    seed: int,
+    measured: dict | None = None,
+    held_out: int | None = None,
 ) -> str:
     """What improved, where the files are, what to run next.
 
-    `script` is the name of the method file without .py; `measured` comes from family/measure.py.
+    `script` is the name of the method file without .py; `measured` comes from family/measure.py;
+    `held_out` is the number of rows.
     """
     steps, evaluations = read_metrics(folder)
     seconds = sum(s["seconds_per_step"] for s in steps)
     speed = np.median([s["tokens_per_second"] for s in steps])
     peak = max(s["peak_memory_gib"] for s in steps)
+    rows = f"on {held_out:,} held-out rows" if held_out else ""
+    rows += " (too few to mean much)" if held_out and held_out < 30 else ""
     text = [
         f"{script}: {step:,} steps in {seconds:,.0f} s "
         f"({speed:,.0f} tokens/s, peak memory {peak:.1f} GiB), seed {seed}",
-        f"{'':44}{'before':>9}{'after':>9}",
+        f"{rows:44}{'before':>9}{'after':>9}",
     ]
     if len(evaluations) > 1:
         first, last = evaluations[0], evaluations[-1]
@@ -115,7 +128,7 @@ def closing(
 def _line(label: str, before: float | None, after: float | None, digits: int = 3) -> str:
     shown = ["" if x is None else f"{x:.{digits}f}" for x in (before, after)]
     change = "" if None in (before, after) else f"{after - before:+.{digits}f}"
-    return f"  {label:<42}{shown[0]:>9}{shown[1]:>9}{change:>9}".rstrip()
+    return f"  {label:<42}" + "".join(f"  {x:>7}" for x in (*shown, change)).rstrip()
 
 
 def _measured_lines(m: dict) -> list[str]:
