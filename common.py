@@ -66,6 +66,8 @@ class Args:
     model: str = "tiny"  # tiny, a short name (gemma-2-2b), a hub id, or a folder (runs/sft)
     dataset: str | None = None  # family, a short name (tldr), a file, a folder, or a hub id
     eval_dataset: str | None = None  # held-out rows; default: the test split, else 5 % of the rows
+    columns: str | None = None  # rename columns of the rows: prompt=question,chosen=good
+    chat_template: Literal["auto", "none"] = "auto"  # auto: texts become chat turns if there is one
     skip_bad_rows: bool = False  # leave out rows that cannot be used, instead of stopping
     max_length: int = 1024  # tokens of prompt and response together
     max_prompt_length: int = 512  # tokens kept of the prompt if the row is too long
@@ -415,17 +417,16 @@ class Run(Processes):
     def plan(self, train: list[Row], updates_per_step: int = 1) -> None:
         """Set the number of steps. `updates_per_step`: minibatches that learn from one batch."""
         args, shares = self.args, self.world * updates_per_step
-        if len(train) < args.batch_size or args.batch_size % shares:
-            raise UserError(
-                f"--batch-size must be a multiple of {shares} (processes times minibatches) and at "
-                f"most {len(train):,} (training rows), got {args.batch_size}"
-            )
+        if folders := optional_module("training.run_folder"):
+            folders.fit_batch_size(args, len(train), shares)
+        elif args.batch_size > len(train):
+            raise UserError(f"--batch-size {args.batch_size}: there are {len(train)} rows")
         share, most = args.batch_size // shares, args.micro_batch_size
         args.micro_batch_size = max(n for n in range(1, most + 1) if share % n == 0)
         self.steps_per_epoch = len(train) // args.batch_size  # the last, short batch is dropped
         self.total_steps = args.max_steps or max(1, int(args.epochs * self.steps_per_epoch))
         self.lengths = [row.tokens() for row in train]
-        if folders := optional_module("training.run_folder"):
+        if folders:
             folders.planned(self, train)
 
     def step_rows(self, step: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ rewards/margins rises. With weight 1 nll_loss falls or stays; with a small weigh
 much more, the policy drifts: raise --nll-weight or lower --lr. Long answers have large sums and dominate the first term.
 
     python cpo.py                                                           # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 cpo.py --model runs/sft-model-gemma-2-2b    # after sft.py --model gemma-2-2b
+    torchrun --nproc_per_node=4 cpo.py --model runs/sft-gemma-2-2b    # after sft.py --model gemma-2-2b
     python cpo.py --model runs/sft --dataset rows.jsonl                     # {"prompt", "chosen", "rejected"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
@@ -33,8 +33,8 @@ Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 an
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import common
 
@@ -70,12 +70,12 @@ PRESETS = {
 
 
 def cpo_loss(
-    chosen_logps: Tensor,  # (B,) log pi(y_w | x), summed over response tokens
-    rejected_logps: Tensor,  # (B,) log pi(y_l | x)
+    chosen_logps: torch.Tensor,  # (B,) log pi(y_w | x), summed over response tokens
+    rejected_logps: torch.Tensor,  # (B,) log pi(y_l | x)
     mean_length: float,  # mean tokens of a chosen answer, over the step (or all held-out rows)
     beta: float,
     nll_weight: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Both terms. Returns one loss per pair, and metrics (one value per pair)."""
     chosen_rewards = beta * chosen_logps  # (B,)
     rejected_rewards = beta * rejected_logps  # (B,)
@@ -88,7 +88,7 @@ def cpo_loss(
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float(),
+        "rewards/accuracies": (margins.sign() + 1) / 2,  # a tie counts half
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
     }
@@ -106,7 +106,7 @@ def main(args: Args) -> None:
     optimizer, scheduler = common.make_optimizer(policy, args, run)
     run.restore(policy, optimizer, scheduler)
 
-    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(batch: common.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logps = common.response_logps(policy, batch)  # (B, 2): chosen, rejected
         losses, metrics = cpo_loss(*logps.unbind(1), batch.mean_length, args.beta, args.nll_weight)
         metrics |= {"length/chosen": batch.lengths[:, 0], "length/rejected": batch.lengths[:, 1]}

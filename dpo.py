@@ -25,12 +25,12 @@ Options and departures
 4. The text of that thesis says RMSprop; its code runs AdamW with weight decay 0.05 and 150 warm-up steps. The presets follow
    the text. Without a preset: AdamW with linear decay; the paper's RMSprop and constant rate are the preset gpt-j-6b.
 
-Healthy: the loss starts at ln 2 = 0.6931 (gamma 0) and ends between 0.3 and 0.65; rewards/accuracies rises from 0 (no margin
-yet) to 0.6-0.8. logps/chosen usually falls, but less than logps/rejected. Worse greedy answers or growing length while the loss
+Healthy: the loss starts at ln 2 = 0.6931 (gamma 0) and ends between 0.3 and 0.65; rewards/accuracies rises from 0.5 (all
+ties) to 0.6-0.8. logps/chosen usually falls, but less than logps/rejected. Worse greedy answers or growing length while the loss
 nears 0 mean over-optimisation: raise --beta or lower --lr.
 
     python dpo.py                                                           # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 dpo.py --model runs/sft-model-gemma-2-2b    # after sft.py --model gemma-2-2b
+    torchrun --nproc_per_node=4 dpo.py --model runs/sft-gemma-2-2b    # after sft.py --model gemma-2-2b
     python dpo.py --model runs/sft --dataset rows.jsonl                     # {"prompt", "chosen", "rejected"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
@@ -39,8 +39,8 @@ Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 an
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import common
 
@@ -76,14 +76,14 @@ PRESETS = {
 
 
 def dpo_loss(
-    chosen_logps: Tensor,  # (B,) log pi(y_w | x), summed over response tokens
-    rejected_logps: Tensor,  # (B,) log pi(y_l | x)
-    ref_chosen_logps: Tensor,  # (B,) the same under the frozen reference
-    ref_rejected_logps: Tensor,  # (B,)
+    chosen_logps: torch.Tensor,  # (B,) log pi(y_w | x), summed over response tokens
+    rejected_logps: torch.Tensor,  # (B,) log pi(y_l | x)
+    ref_chosen_logps: torch.Tensor,  # (B,) the same under the frozen reference
+    ref_rejected_logps: torch.Tensor,  # (B,)
     beta: float,
     label_smoothing: float = 0.0,
     gamma: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Equation 7. Returns one loss per pair, and metrics (one value per pair)."""
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)  # (B,)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)  # (B,)
@@ -96,7 +96,7 @@ def dpo_loss(
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float(),
+        "rewards/accuracies": (margins.sign() + 1) / 2,  # a tie counts half
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
     }
@@ -115,7 +115,7 @@ def main(args: Args) -> None:
     optimizer, scheduler = common.make_optimizer(policy, args, run)
     run.restore(policy, optimizer, scheduler)
 
-    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(batch: common.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logps = common.response_logps(policy, batch)  # (B, 2): chosen, rejected
         ref_logps = batch.ref_logps.to(logps.dtype)  # (B, 2)
         losses, metrics = dpo_loss(

@@ -65,7 +65,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 import common
 from sampling.rollouts import Online, Rollout, check_args
@@ -123,11 +122,11 @@ PRESETS = {
 
 
 def group_advantages(
-    scores: Tensor,  # (N,) each group is `samples` consecutive scores
+    scores: torch.Tensor,  # (N,) each group is `samples` consecutive scores
     samples: int,
     normalise: str,
     eps: float = 1e-4,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(N,) advantages, and (groups,) bool: all scores are equal, there is nothing to learn."""
     groups = scores.view(-1, samples)
     centered = groups - groups.mean(1, keepdim=True)
@@ -137,12 +136,12 @@ def group_advantages(
 
 
 def token_weights(
-    lengths: Tensor,  # (B,) tokens of some responses of an update
+    lengths: torch.Tensor,  # (B,) tokens of some responses of an update
     normalise: str,
     num_responses: int,  # of the whole update, over all processes
     num_tokens: int,  # of these
     max_tokens: int,  # that a response may have
-) -> Tensor:
+) -> torch.Tensor:
     """(B,) what each token of these responses weighs in the update's loss."""
     divisors = {
         "grpo": num_responses * lengths,  # a mean over a response's tokens, then over responses
@@ -153,15 +152,15 @@ def token_weights(
 
 
 def grpo_loss(
-    logps: Tensor,  # (B, T) log pi of every response token
-    old_logps: Tensor,  # (B, T) the same when the responses were sampled
-    ref_logps: Tensor | None,  # (B, T) under the reference; None: there is no KL
-    advantages: Tensor,  # (B,)
-    mask: Tensor,  # (B, T) bool
+    logps: torch.Tensor,  # (B, T) log pi of every response token
+    old_logps: torch.Tensor,  # (B, T) the same when the responses were sampled
+    ref_logps: torch.Tensor | None,  # (B, T) under the reference; None: there is no KL
+    advantages: torch.Tensor,  # (B,)
+    mask: torch.Tensor,  # (B, T) bool
     kl_coef: float,
     clip_low: float,
     clip_high: float,
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """One loss per response token, and metrics as (values, weights)."""
 
     def inside(values):

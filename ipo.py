@@ -27,12 +27,12 @@ Options and departures
 4. The reference log-probs are computed once, before the first step, as in dpo.py.
 
 Healthy: the loss starts at 1/(4 beta^2) (`tiny`: 4.0) and falls little if labels are noisy (to 3.5). rewards/margins rises from 0
-and stays far below 1/2 (0.07); rewards/accuracies rises from 0 to 0.66. grad_norm stays near 23 (12 to 59), so clipping to 1
+and stays far below 1/2 (0.07); rewards/accuracies rises from 0.5 to 0.66. grad_norm stays near 23 (12 to 59), so clipping to 1
 scales every step and --lr alone sets the step size. If the held-out loss rises above its start, lower --lr. A larger beta sets
 a nearer target and gives a smaller KL.
 
     python ipo.py                                                           # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 ipo.py --model runs/sft-model-gemma-2-2b --dataset tldr   # after sft.py --model gemma-2-2b
+    torchrun --nproc_per_node=4 ipo.py --model runs/sft-gemma-2-2b --dataset tldr   # after sft.py --model gemma-2-2b
     python ipo.py --model runs/sft --dataset rows.jsonl                     # {"prompt", "chosen", "rejected"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
@@ -41,7 +41,7 @@ Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 an
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+import torch
 
 import common
 
@@ -73,15 +73,15 @@ PRESETS = {
 
 
 def ipo_loss(
-    chosen_logps: Tensor,  # (B,) log pi(y_w | x), summed over response tokens
-    rejected_logps: Tensor,  # (B,) log pi(y_l | x)
-    ref_chosen_logps: Tensor,  # (B,) the same under the frozen reference
-    ref_rejected_logps: Tensor,  # (B,)
-    chosen_lengths: Tensor,  # (B,) number of response tokens
-    rejected_lengths: Tensor,  # (B,)
+    chosen_logps: torch.Tensor,  # (B,) log pi(y_w | x), summed over response tokens
+    rejected_logps: torch.Tensor,  # (B,) log pi(y_l | x)
+    ref_chosen_logps: torch.Tensor,  # (B,) the same under the frozen reference
+    ref_rejected_logps: torch.Tensor,  # (B,)
+    chosen_lengths: torch.Tensor,  # (B,) number of response tokens
+    rejected_lengths: torch.Tensor,  # (B,)
     beta: float,
     per_token: bool = True,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Equation 17. Returns one loss per pair, and metrics (one value per pair)."""
     chosen_ratios = chosen_logps - ref_chosen_logps  # (B,) log pi/ref
     rejected_ratios = rejected_logps - ref_rejected_logps  # (B,)
@@ -95,7 +95,7 @@ def ipo_loss(
         "rewards/chosen": beta * chosen_ratios,
         "rewards/rejected": beta * rejected_ratios,
         "rewards/margins": beta * h,
-        "rewards/accuracies": (h > 0).float(),
+        "rewards/accuracies": (h.sign() + 1) / 2,  # a tie counts half
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
     }
@@ -114,7 +114,7 @@ def main(args: Args) -> None:
     optimizer, scheduler = common.make_optimizer(policy, args, run)
     run.restore(policy, optimizer, scheduler)
 
-    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(batch: common.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logps = common.response_logps(policy, batch)  # (B, 2): chosen, rejected
         ref_logps = batch.ref_logps.to(logps.dtype)  # (B, 2)
         losses, metrics = ipo_loss(

@@ -26,12 +26,12 @@ Departures
 4. A pair becomes a desirable and an undesirable row, a ranked list its best and worst; the two are rarely in one step.
 
 Healthy: the loss starts at half the mean weight (0.5 if both are 1) and falls slowly (`tiny`: to 0.46). rewards/accuracies is the
-share of answers on the right side of z0: 0 at the start, where all are at z0, then above 0.5. rewards/chosen (desirable) rises
+share of answers on the right side of z0: 0.5 at the start, where all are at z0, then above. rewards/chosen (desirable) rises
 above rewards/rejected; both may fall. kl starts at 0 and may be negative, where z0 stays 0 (`tiny`: -3.5); tens of nats in
 either direction are drift: raise beta or lower --lr.
 
     python kto.py                                                           # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 kto.py --model runs/sft-model-gemma-2-2b --dataset tldr   # after sft.py --model gemma-2-2b
+    torchrun --nproc_per_node=4 kto.py --model runs/sft-gemma-2-2b --dataset tldr   # after sft.py --model gemma-2-2b
     python kto.py --model runs/sft-... --dataset rows.jsonl                 # {"prompt", "completion", "label"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
@@ -43,7 +43,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import common
 
@@ -74,14 +73,14 @@ PRESETS = {
 
 
 def kto_loss(
-    logps: Tensor,  # (B,) log pi(y | x), summed over response tokens
-    ref_logps: Tensor,  # (B,) the same under the frozen reference
-    desirable: Tensor,  # (B,) bool
-    kl: Tensor,  # () mean of log pi(y'|x)/ref(y'|x) over the step, not clamped
+    logps: torch.Tensor,  # (B,) log pi(y | x), summed over response tokens
+    ref_logps: torch.Tensor,  # (B,) the same under the frozen reference
+    desirable: torch.Tensor,  # (B,) bool
+    kl: torch.Tensor,  # () mean of log pi(y'|x)/ref(y'|x) over the step, not clamped
     beta: float,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]]:
     """Equation 8. Returns one loss per answer, and the metrics: values, or (values, weights)."""
     z0 = kl.detach().clamp(min=0)  # ()
     log_ratios = logps - ref_logps  # (B,) r
@@ -96,7 +95,7 @@ def kto_loss(
         "kl": kl.detach().expand_as(losses),
         "rewards/chosen": (rewards * good, good),
         "rewards/rejected": (rewards * (1 - good), 1 - good),
-        "rewards/accuracies": (gains > 0).float(),
+        "rewards/accuracies": (gains.sign() + 1) / 2,  # a tie counts half
         "logps/chosen": (logps * good, good),
         "logps/rejected": (logps * (1 - good), 1 - good),
     }
@@ -151,7 +150,7 @@ def main(args: Args) -> None:
     run.restore(policy, optimizer, scheduler)
 
     @torch.no_grad()
-    def kl_of(rows: list, parts: Iterable[tuple[list[int], bool]], num_rows: int) -> Tensor:
+    def kl_of(rows: list, parts: Iterable[tuple[list[int], bool]], num_rows: int) -> torch.Tensor:
         """Mean over all rows of all processes; (part, False) is a dummy forward pass for FSDP."""
         total = torch.zeros((), dtype=torch.float64, device=run.device)
         for indexes, mine in parts:
@@ -161,7 +160,7 @@ def main(args: Args) -> None:
                 total += log_ratios.sum()
         return common.sum_over_processes(total) / max(1, num_rows)
 
-    def losses_of(batch: common.MicroBatch, kl: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(batch: common.MicroBatch, kl: torch.Tensor) -> tuple[torch.Tensor, dict]:
         logps = common.response_logps(policy, batch)[:, 0]  # (B,)
         ref_logps = batch.ref_logps[:, 0].to(logps.dtype)  # (B,)
         losses, metrics = kto_loss(

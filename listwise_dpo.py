@@ -26,12 +26,12 @@ Departures
 5. The reference log-probs are computed once, before the first step, as in dpo.py.
 
 Healthy: the loss starts at the sum over k of log(1 + answers below the k-th): log 4 + log 3 + log 2 = 3.18 for four without
-ties (`tiny`, lists of two to four: 2.17). rewards/accuracies (share of a list's ordered pairs in the right order) rises from 0
-(all margins are 0) to 0.6-0.8. logps/chosen usually falls too, but less than logps/rejected. If greedy quality falls or length
+ties (`tiny`, lists of two to four: 2.17). rewards/accuracies (share of a list's ordered pairs in the right order) rises from 0.5
+(all ties) to 0.6-0.8. logps/chosen usually falls too, but less than logps/rejected. If greedy quality falls or length
 grows while the loss goes to 0, the policy over-optimises: raise beta or lower --lr.
 
     python listwise_dpo.py                                                  # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 listwise_dpo.py --model runs/sft-model-gemma-2-2b  # after sft.py --model gemma-2-2b
+    torchrun --nproc_per_node=4 listwise_dpo.py --model runs/sft-gemma-2-2b  # after sft.py --model gemma-2-2b
     python listwise_dpo.py --model runs/sft-... --dataset rows.jsonl        # {"prompt", "responses", "scores"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
@@ -42,7 +42,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import common
 
@@ -78,11 +77,11 @@ PRESETS = {
 
 
 def listwise_dpo_loss(
-    logps: Tensor,  # (B, K) log pi(y_k | x), summed over response tokens
-    ref_logps: Tensor,  # (B, K) the same under the frozen reference
-    scores: Tensor,  # (B, K) best first; NaN past the end of a shorter list
+    logps: torch.Tensor,  # (B, K) log pi(y_k | x), summed over response tokens
+    ref_logps: torch.Tensor,  # (B, K) the same under the frozen reference
+    scores: torch.Tensor,  # (B, K) best first; NaN past the end of a shorter list
     beta: float,
-) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]]:
     """Plackett-Luce. Returns one loss per list, and the metrics: values, or (values, weights)."""
     rewards = beta * (logps - ref_logps)  # (B, K) u_k
     worse = scores[:, :, None] > scores[:, None, :]  # (B, K, K) r_i < r_k; false where NaN
@@ -96,7 +95,7 @@ def listwise_dpo_loss(
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards.gather(1, last)[:, 0],
         "rewards/margins": margins[:, 0].gather(1, last)[:, 0],
-        "rewards/accuracies": (((margins > 0) & worse).float(), worse.float()),
+        "rewards/accuracies": ((margins.sign() + 1) / 2 * worse, worse.float()),  # ties: half
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps.gather(1, last)[:, 0],
     }
@@ -115,7 +114,7 @@ def main(args: Args) -> None:
     optimizer, scheduler = common.make_optimizer(policy, args, run)
     run.restore(policy, optimizer, scheduler)
 
-    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(batch: common.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logps = common.response_logps(policy, batch)  # (B, K)
         ref_logps = batch.ref_logps.to(logps.dtype)  # (B, K)
         losses, metrics = listwise_dpo_loss(logps, ref_logps, batch.scores, args.beta)

@@ -48,7 +48,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import common
 
@@ -83,12 +82,12 @@ PRESETS = {
 
 
 def orpo_loss(
-    chosen_logps: Tensor,  # (B,) log pi(y_w | x), summed over response tokens
-    rejected_logps: Tensor,  # (B,) log pi(y_l | x)
-    chosen_lengths: Tensor,  # (B,) number of response tokens
-    rejected_lengths: Tensor,  # (B,)
+    chosen_logps: torch.Tensor,  # (B,) log pi(y_w | x), summed over response tokens
+    rejected_logps: torch.Tensor,  # (B,) log pi(y_l | x)
+    chosen_lengths: torch.Tensor,  # (B,) number of response tokens
+    rejected_lengths: torch.Tensor,  # (B,)
     odds_weight: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Equation 6. Returns one loss per pair, and metrics (one value per pair)."""
     chosen_means = chosen_logps / chosen_lengths  # (B,) log P, a mean over tokens
     rejected_means = rejected_logps / rejected_lengths  # (B,)
@@ -105,7 +104,7 @@ def orpo_loss(
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float(),
+        "rewards/accuracies": (margins.sign() + 1) / 2,  # a tie counts half
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
     }
@@ -121,7 +120,7 @@ def main(args: Args) -> None:
     optimizer, scheduler = common.make_optimizer(policy, args, run)
     run.restore(policy, optimizer, scheduler)
 
-    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(batch: common.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logps = common.response_logps(policy, batch)  # (B, 2): chosen, rejected
         losses, metrics = orpo_loss(*logps.unbind(1), *batch.lengths.unbind(1), args.odds_weight)
         metrics |= {"length/chosen": batch.lengths[:, 0], "length/rejected": batch.lengths[:, 1]}

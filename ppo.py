@@ -54,7 +54,7 @@ usual). If an alarm is printed (KL, length, entropy), read rollouts.jsonl. If sc
 objective/gold falls, the reward is being cheated: raise --kl-coef or stop earlier.
 
     python ppo.py                           # the embedded task and its learned reward, on a laptop
-    torchrun --nproc_per_node=4 ppo.py --fsdp --model runs/sft-model-gemma-2-2b --reward runs/reward_model-...
+    torchrun --nproc_per_node=4 ppo.py --fsdp --model runs/sft-gemma-2-2b --reward runs/reward_model-...
     python ppo.py --model runs/sft-... --dataset rows.jsonl --reward judge.py:score   # {"prompt"}; score(prompts, responses) -> numbers
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
@@ -65,7 +65,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import common
 from sampling.rollouts import Online, Rollout, check_args
@@ -117,13 +117,13 @@ PRESETS = {
 
 
 def token_rewards(
-    logps: Tensor,  # (N, T) log pi_old of every response token
-    ref_logps: Tensor,  # (N, T)
-    scores: Tensor,  # (N,)
-    mask: Tensor,  # (N, T) bool: the response's tokens, on the left
+    logps: torch.Tensor,  # (N, T) log pi_old of every response token
+    ref_logps: torch.Tensor,  # (N, T)
+    scores: torch.Tensor,  # (N,)
+    mask: torch.Tensor,  # (N, T) bool: the response's tokens, on the left
     kl_coef: float,
     estimator: str = "k1",
-) -> Tensor:
+) -> torch.Tensor:
     """(N, T) minus the KL cost of every token, plus the score at the last one."""
     log_ratios = (logps - ref_logps).masked_fill(~mask, 0.0)
     kl = log_ratios if estimator == "k1" else torch.exp(-log_ratios) - 1 + log_ratios
@@ -131,7 +131,7 @@ def token_rewards(
     return (-kl_coef * kl).index_put((rows, last), scores, accumulate=True)
 
 
-def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
+def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
     """(N, T) of variance 1 over the mask, and of mean 0 if `shift_mean`; 0 outside."""
     values, n = values.masked_fill(~mask, 0.0), mask.sum()
     mean = values.sum() / n
@@ -141,12 +141,12 @@ def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 
 def advantages_of(
-    rewards: Tensor,  # (N, T)
-    values: Tensor,  # (N, T) before each token
-    mask: Tensor,  # (N, T) bool
+    rewards: torch.Tensor,  # (N, T)
+    values: torch.Tensor,  # (N, T) before each token
+    mask: torch.Tensor,  # (N, T) bool
     gamma: float,
     gae_lambda: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, T) advantages and returns, from the last token to the first. After the last all is 0."""
     rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
     advantages, following, next_value = torch.zeros_like(rewards), 0.0, 0.0
@@ -164,17 +164,17 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: int, respons
 
 
 def ppo_loss(
-    logps: Tensor,  # (B, T) log pi of every response token
-    old_logps: Tensor,  # (B, T) the same when the responses were sampled
-    advantages: Tensor,  # (B, T)
-    values: Tensor,  # (B, T)
-    old_values: Tensor,  # (B, T)
-    returns: Tensor,  # (B, T)
-    mask: Tensor,  # (B, T) bool
+    logps: torch.Tensor,  # (B, T) log pi of every response token
+    old_logps: torch.Tensor,  # (B, T) the same when the responses were sampled
+    advantages: torch.Tensor,  # (B, T)
+    values: torch.Tensor,  # (B, T)
+    old_values: torch.Tensor,  # (B, T)
+    returns: torch.Tensor,  # (B, T)
+    mask: torch.Tensor,  # (B, T) bool
     clip_range: float,
     value_clip_range: float,
     value_weight: float,
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """One loss per response token, and metrics as (values, weights)."""
 
     def inside(x):
@@ -232,7 +232,7 @@ def main(args: Args) -> None:
         rollout.values = online.per_token(rollout, values_of, "values")
         return rollout
 
-    def metrics_of(rollout: Rollout) -> dict[str, Tensor]:
+    def metrics_of(rollout: Rollout) -> dict[str, torch.Tensor]:
         return rollout.metrics(run.state["kl_coef"])
 
     for step in run.steps(train):  # continues from the last checkpoint

@@ -43,7 +43,7 @@ val/ended falls (to 0.8 in six stages without the KL) or val/different rises (to
 rollouts.jsonl, set --kl-coef, or stop earlier.
 
     python raft.py                         # the embedded task and its learned reward, on a laptop
-    torchrun --nproc_per_node=4 raft.py --fsdp --model runs/sft-model-gemma-2-2b --reward runs/reward_model-...
+    torchrun --nproc_per_node=4 raft.py --fsdp --model runs/sft-gemma-2-2b --reward runs/reward_model-...
     python raft.py --model runs/sft-... --dataset rows.jsonl --reward judge.py:score   # {"prompt"}; score(prompts, responses) -> numbers
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
@@ -52,11 +52,10 @@ Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 an
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 import common
 from sampling.generate import text_of
-from sampling.rollouts import SHOWN, Online, Rollout, check_args
+from sampling.rollouts import SHOWN, Online, Rollout, check_args, nothing_to_learn
 
 
 @dataclass
@@ -91,18 +90,18 @@ PRESETS = {
 
 
 def best_of(
-    scores: Tensor,  # (b, K) what responses are ranked by
-    ended: Tensor,  # (b, K) bool: the response has an end-of-sequence token
-) -> Tensor:
+    scores: torch.Tensor,  # (b, K) what responses are ranked by
+    ended: torch.Tensor,  # (b, K) bool: the response has an end-of-sequence token
+) -> torch.Tensor:
     """(b,) the best response to each prompt, among those that ended if any did; the first of equals."""
     allowed = ended | ~ended.any(1, keepdim=True)
     return scores.masked_fill(~allowed, -torch.inf).argmax(1)
 
 
 def raft_loss(
-    response_logps: Tensor,  # (B,) log pi(y* | x), summed over response tokens
-    response_lengths: Tensor,  # (B,) how many tokens that were
-) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
+    response_logps: torch.Tensor,  # (B,) log pi(y* | x), summed over response tokens
+    response_lengths: torch.Tensor,  # (B,) how many tokens that were
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]]:
     """One sum of negative log-probs per best response, and metrics; (values, weights) is a weighted mean."""
     losses = -response_logps  # (B,) nats a response
     metrics = {
@@ -129,7 +128,7 @@ def main(args: Args) -> None:
         rollout.scores = online.reward(rollout.prompts, rollout.responses)
         return rollout
 
-    def metrics_of(rollout: Rollout) -> dict[str, Tensor]:
+    def metrics_of(rollout: Rollout) -> dict[str, torch.Tensor]:
         metrics = rollout.metrics()
         if online.reference is not None:
             logps, ref_logps = online.logps(rollout, temperature=1.0)
@@ -158,6 +157,7 @@ def main(args: Args) -> None:
         metrics["val/different"] = torch.tensor([len(group) / args.samples for group in groups])
         run.record(metrics)
         show_stage(run, rollout, metrics, best, tokenizer)
+        online.warn(nothing_to_learn(rollout, args))
 
         # 3. Fine-tune on them.
         best_only = Rollout(rows, rollout.mask[chosen], rollout.ended[chosen])
@@ -182,7 +182,9 @@ def main(args: Args) -> None:
     run.finish(policy, tokenizer)
 
 
-def show_stage(run: common.Run, rollout: Rollout, metrics: dict, best: Tensor, tokenizer) -> None:
+def show_stage(
+    run: common.Run, rollout: Rollout, metrics: dict, best: torch.Tensor, tokenizer
+) -> None:
     """Print a line per stage. Append the best and the worst response to a few prompts to rollouts.jsonl."""
     groups = rollout.scores.view(len(best), -1)  # (b, K)
     means = {name: float(x.mean()) for name, x in metrics.items()}

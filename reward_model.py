@@ -30,7 +30,7 @@ Healthy: the loss starts near ln 2 = 0.693 (higher if the fresh head's scores di
 0.52 of a possible 0.76. Training accuracy far above held-out accuracy is overfitting: one epoch is usual.
 
     python reward_model.py                                                  # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 reward_model.py --model runs/sft-model-gemma-2-2b   # after sft.py --model gemma-2-2b
+    torchrun --nproc_per_node=4 reward_model.py --model runs/sft-gemma-2-2b   # after sft.py --model gemma-2-2b
     python reward_model.py --model runs/sft-... --dataset rows.jsonl        # {"prompt", "chosen", "rejected"}
 """
 
@@ -39,7 +39,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import common
 from sampling import score_model
@@ -72,11 +71,11 @@ PRESETS = {  # what differs from the defaults, by model
 
 
 def reward_model_loss(
-    scores: Tensor,  # (B, K) r(x, y) of every answer
-    preferences: Tensor,  # (B, K) what orders them, higher is better; NaN: no such answer
+    scores: torch.Tensor,  # (B, K) r(x, y) of every answer
+    preferences: torch.Tensor,  # (B, K) what orders them, higher is better; NaN: no such answer
     margin: float = 0.0,
     center_weight: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]]:
     """Return one loss per prompt, the mean over its pairs, and metrics: (values, weights of a mean)."""
     # (B, K, K): whether answer i is preferred to answer j. A comparison with NaN is false.
     pairs = preferences[:, :, None] > preferences[:, None, :]
@@ -86,12 +85,11 @@ def reward_model_loss(
     margins = better - worse  # (B, K, K)
     each = center_weight * (better + worse) ** 2 - F.logsigmoid(margins - margin)  # (B, K, K)
     losses = (share * pairs * each).sum((1, 2))  # (B,)
-    accuracies = (margins > 0).to(scores.dtype) + 0.5 * (margins == 0)
     metrics = {
         "rewards/chosen": better,
         "rewards/rejected": worse,
         "rewards/margins": margins,
-        "rewards/accuracies": accuracies,
+        "rewards/accuracies": (margins.sign() + 1) / 2,  # a tie counts half
     }
     return losses, {"loss": losses} | {name: (x * pairs, pairs) for name, x in metrics.items()}
 

@@ -46,7 +46,7 @@ rollouts.jsonl. If scores rise while objective/gold falls, the reward is being c
 --kl-coef or stop earlier.
 
     python rloo.py                         # the embedded task and its learned reward, on a laptop
-    torchrun --nproc_per_node=4 rloo.py --fsdp --model runs/sft-model-gemma-2-2b --reward runs/reward_model-...
+    torchrun --nproc_per_node=4 rloo.py --fsdp --model runs/sft-gemma-2-2b --reward runs/reward_model-...
     python rloo.py --model runs/sft-... --dataset rows.jsonl --reward judge.py:score   # {"prompt"}; score(prompts, responses) -> numbers
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
@@ -56,7 +56,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 import common
 from sampling.rollouts import Online, Rollout, check_args
@@ -108,7 +107,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def leave_one_out(rewards: Tensor, samples: int) -> Tensor:
+def leave_one_out(rewards: torch.Tensor, samples: int) -> torch.Tensor:
     """(N,) each less the mean of the others of its group: `samples` consecutive rewards."""
     groups = rewards.view(-1, samples)
     others = (groups.sum(1, keepdim=True) - groups) / (samples - 1)
@@ -116,12 +115,12 @@ def leave_one_out(rewards: Tensor, samples: int) -> Tensor:
 
 
 def rloo_loss(
-    logps: Tensor,  # (B, T) log pi of every response token
-    old_logps: Tensor,  # (B, T) the same when the responses were sampled
-    advantages: Tensor,  # (B,)
-    mask: Tensor,  # (B, T) bool
+    logps: torch.Tensor,  # (B, T) log pi of every response token
+    old_logps: torch.Tensor,  # (B, T) the same when the responses were sampled
+    advantages: torch.Tensor,  # (B,)
+    mask: torch.Tensor,  # (B, T) bool
     clip_range: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One loss per response, and metrics (one value per response)."""
     log_ratios = logps.masked_fill(~mask, 0.0) - old_logps.detach().masked_fill(~mask, 0.0)
     log_ratios = log_ratios.sum(1)  # (B,) of whole responses
@@ -154,7 +153,7 @@ def main(args: Args) -> None:
         rollout.logps, rollout.ref_logps = online.logps(rollout, args.temperature)  # 3. Log-probs
         return rollout
 
-    def metrics_of(rollout: Rollout) -> dict[str, Tensor]:
+    def metrics_of(rollout: Rollout) -> dict[str, torch.Tensor]:
         return rollout.metrics(args.kl_coef)
 
     for step in run.steps(train):  # continues from the last checkpoint

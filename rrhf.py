@@ -32,7 +32,7 @@ Healthy: rank_loss falls while rewards/chosen (p of the best answer) falls no fu
 rank_loss falls while rewards/margins shrinks, the policy becomes flat: raise --sft-weight or set a --margin.
 
     python rrhf.py                                                          # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 rrhf.py --model runs/sft-model-gemma-2-2b --dataset tldr  # after sft.py --model gemma-2-2b
+    torchrun --nproc_per_node=4 rrhf.py --model runs/sft-gemma-2-2b --dataset tldr  # after sft.py --model gemma-2-2b
     python rrhf.py --model runs/sft-... --dataset rows.jsonl                # {"prompt", "responses", "scores"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
@@ -43,7 +43,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import common
 
@@ -76,12 +75,12 @@ PRESETS = {
 
 
 def rrhf_loss(
-    logps: Tensor,  # (B, K) log pi(y_i | x), summed over response tokens
-    lengths: Tensor,  # (B, K) number of response tokens
-    scores: Tensor,  # (B, K) best first; NaN past the end of a shorter list
+    logps: torch.Tensor,  # (B, K) log pi(y_i | x), summed over response tokens
+    lengths: torch.Tensor,  # (B, K) number of response tokens
+    scores: torch.Tensor,  # (B, K) best first; NaN past the end of a shorter list
     sft_weight: float,
     margin: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]]:
     """Both terms. Returns one loss per list, and the metrics: values, or (values, weights)."""
     mean_logps = logps / lengths.clamp(min=1)  # (B, K) p_i
     worse = scores[:, :, None] > scores[:, None, :]  # (B, K, K) r_i < r_j; false where NaN
@@ -95,7 +94,7 @@ def rrhf_loss(
         "rewards/chosen": mean_logps[:, 0],
         "rewards/rejected": mean_logps.gather(1, last)[:, 0],
         "rewards/margins": margins[:, 0].gather(1, last)[:, 0],
-        "rewards/accuracies": (((margins > 0) & worse).float(), worse.float()),
+        "rewards/accuracies": ((margins.sign() + 1) / 2 * worse, worse.float()),  # ties: half
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps.gather(1, last)[:, 0],
     }
@@ -113,7 +112,7 @@ def main(args: Args) -> None:
     optimizer, scheduler = common.make_optimizer(policy, args, run)
     run.restore(policy, optimizer, scheduler)
 
-    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(batch: common.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logps = common.response_logps(policy, batch)  # (B, K)
         losses, metrics = rrhf_loss(
             logps, batch.lengths, batch.scores, args.sft_weight, margin=args.margin

@@ -39,11 +39,11 @@ Departures
 
 Healthy (printed before training): several times as many different answers as --accepted, else nearly all are accepted and rejection
 does nothing: raise --samples or --temperature. The mean accepted score is above the sampled one: if hardly, lower --sampling-beta.
-Then the loss starts at ln 2 = 0.6931 (sigmoid-norm) or 1 (hinge-norm); rewards/accuracies rises from 0 (no margin yet; `tiny`: to
+Then the loss starts at ln 2 = 0.6931 (sigmoid-norm) or 1 (hinge-norm); rewards/accuracies rises from 0.5 (all ties; `tiny`: to
 0.86, with answers a quarter longer). Rewards that rise while the text gets worse are over-optimisation: raise --gamma.
 
     python rso.py                                                           # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 rso.py --model runs/sft-model-gemma-2-2b --reward runs/reward_model-...   # a folder of reward_model.py
+    torchrun --nproc_per_node=4 rso.py --model runs/sft-gemma-2-2b --reward runs/reward_model-...   # a folder of reward_model.py
     python rso.py --model runs/sft-... --dataset rows.jsonl --reward mine.py:score   # {"prompt"}; score(prompts, responses) -> list of floats
 """
 
@@ -56,8 +56,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import common
 from sampling import stored
@@ -144,13 +144,13 @@ def pair_up(scores: list[float], ranking: str, rng: np.random.Generator) -> list
 
 
 def rso_loss(
-    chosen_logps: Tensor,  # (B,) log pi(y_w | x), summed over response tokens
-    rejected_logps: Tensor,  # (B,) log pi(y_l | x)
-    ref_chosen_logps: Tensor,  # (B,) the same under pi_sft
-    ref_rejected_logps: Tensor,  # (B,)
+    chosen_logps: torch.Tensor,  # (B,) log pi(y_w | x), summed over response tokens
+    rejected_logps: torch.Tensor,  # (B,) log pi(y_l | x)
+    ref_chosen_logps: torch.Tensor,  # (B,) the same under pi_sft
+    ref_rejected_logps: torch.Tensor,  # (B,)
     gamma: float,
     loss: str = "sigmoid-norm",
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Equations 8 to 10. Returns one loss per pair, and the metrics (one value per pair)."""
     chosen_rewards = gamma * (chosen_logps - ref_chosen_logps)  # (B,)
     rejected_rewards = gamma * (rejected_logps - ref_rejected_logps)  # (B,)
@@ -165,7 +165,7 @@ def rso_loss(
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float(),
+        "rewards/accuracies": (margins.sign() + 1) / 2,  # a tie counts half
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
     }
@@ -248,6 +248,9 @@ def main(args: Args) -> None:
         label = ("accepted", "held out")[part]
         pairs.append(accept_and_pair(sampled, args, (args.seed, part + 1), tokenizer, label))
     train, held_out = pairs
+    if not train:
+        why = "no answer to a prompt has a higher score than another"
+        raise common.UserError(f"{why}: raise --temperature or --samples, or look at --reward")
     if common.MAIN_PROCESS:
         write_pairs(run.folder / "accepted.jsonl", train, tokenizer)
     del reward  # frees its memory for the optimizer

@@ -27,7 +27,7 @@ Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 an
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+import torch
 
 import common
 
@@ -62,9 +62,9 @@ PRESETS = {
 
 
 def sft_loss(
-    response_logps: Tensor,  # (B,) log pi(y | x), summed over response tokens
-    response_lengths: Tensor,  # (B,) number of response tokens
-) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
+    response_logps: torch.Tensor,  # (B,) log pi(y | x), summed over response tokens
+    response_lengths: torch.Tensor,  # (B,) number of response tokens
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]]:
     """Returns one loss per demonstration, a sum, and the metrics: values, or (values, weights)."""
     losses = -response_logps  # (B,) nats per response
     metrics = {
@@ -86,7 +86,7 @@ def main(args: Args) -> None:
     optimizer, scheduler = common.make_optimizer(policy, args, run)
     run.restore(policy, optimizer, scheduler)
 
-    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(batch: common.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logps = common.response_logps(policy, batch)  # (B, 1)
         return sft_loss(logps[:, 0], batch.lengths[:, 0])
 

@@ -24,7 +24,7 @@ Healthy: rewards/accuracies starts at the share of pairs that the model already 
 as do margins (0.9 to 2.1). logps/chosen usually falls, less than logps/rejected. Repetition or worse greedy answers: lower --lr.
 
     python simpo.py                                                         # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 simpo.py --model runs/sft-model-gemma-2-2b  # after sft.py --model gemma-2-2b
+    torchrun --nproc_per_node=4 simpo.py --model runs/sft-gemma-2-2b  # after sft.py --model gemma-2-2b
     python simpo.py --model runs/sft --dataset rows.jsonl                   # {"prompt", "chosen", "rejected"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
@@ -33,8 +33,8 @@ Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 an
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import common
 
@@ -76,15 +76,15 @@ PRESETS = {
 
 
 def simpo_loss(
-    chosen_logps: Tensor,  # (B,) log pi(y_w | x), summed over response tokens
-    rejected_logps: Tensor,  # (B,) log pi(y_l | x)
-    chosen_lengths: Tensor,  # (B,) number of response tokens
-    rejected_lengths: Tensor,  # (B,)
+    chosen_logps: torch.Tensor,  # (B,) log pi(y_w | x), summed over response tokens
+    rejected_logps: torch.Tensor,  # (B,) log pi(y_l | x)
+    chosen_lengths: torch.Tensor,  # (B,) number of response tokens
+    rejected_lengths: torch.Tensor,  # (B,)
     beta: float,
     gamma_beta_ratio: float,
     nll_weight: float = 0.0,
     mean_length: float | None = None,  # for the NLL: mean tokens of a chosen answer, over the step
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Equation 6. Returns one loss per pair, and metrics (one value per pair)."""
     chosen_rewards = beta * chosen_logps / chosen_lengths  # (B,)
     rejected_rewards = beta * rejected_logps / rejected_lengths  # (B,)
@@ -96,7 +96,7 @@ def simpo_loss(
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float(),
+        "rewards/accuracies": (margins.sign() + 1) / 2,  # a tie counts half
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
     }
@@ -119,7 +119,7 @@ def main(args: Args) -> None:
     optimizer, scheduler = common.make_optimizer(policy, args, run)
     run.restore(policy, optimizer, scheduler)
 
-    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(batch: common.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logps = common.response_logps(policy, batch)  # (B, 2): chosen, rejected
         losses, metrics = simpo_loss(
             *logps.unbind(1), *batch.lengths.unbind(1),

@@ -24,7 +24,7 @@ Healthy: active (the share of pairs within the margin) falls (`tiny`: 0.86 to 0.
 pairs that the starting model ranks correctly (0.61 to 0.69). Growing length is -direct's known failure: lower --lr.
 
     python slic.py                                                          # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 slic.py --model runs/sft-model-gemma-2-2b   # after sft.py --model gemma-2-2b
+    torchrun --nproc_per_node=4 slic.py --model runs/sft-gemma-2-2b   # after sft.py --model gemma-2-2b
     python slic.py --model runs/sft --dataset rows.jsonl                    # {"prompt", "chosen", "rejected"[, "target"]}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
@@ -33,8 +33,8 @@ Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 an
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import common
 
@@ -72,15 +72,15 @@ PRESETS = {
 
 
 def slic_loss(
-    chosen_logps: Tensor,  # (B,) log pi(y_w | x), summed over response tokens
-    rejected_logps: Tensor,  # (B,) log pi(y_l | x)
-    target_logps: Tensor,  # (B,) log pi(y_ref | x)
-    ref_chosen_logps: Tensor | float,  # (B,) under the frozen reference; 0 in the paper
-    ref_rejected_logps: Tensor | float,  # (B,)
+    chosen_logps: torch.Tensor,  # (B,) log pi(y_w | x), summed over response tokens
+    rejected_logps: torch.Tensor,  # (B,) log pi(y_l | x)
+    target_logps: torch.Tensor,  # (B,) log pi(y_ref | x)
+    ref_chosen_logps: torch.Tensor | float,  # (B,) under the frozen reference; 0 in the paper
+    ref_rejected_logps: torch.Tensor | float,  # (B,)
     beta: float,
     delta: float,
     target_weight: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Both terms. Returns one loss per pair, and metrics (one value per pair)."""
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)  # (B,)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)  # (B,)
@@ -94,7 +94,7 @@ def slic_loss(
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float(),
+        "rewards/accuracies": (margins.sign() + 1) / 2,  # a tie counts half
         "logps/chosen": chosen_logps,
         "logps/rejected": rejected_logps,
         "logps/target": target_logps,
@@ -118,7 +118,7 @@ def main(args: Args) -> None:
     optimizer, scheduler = common.make_optimizer(policy, args, run)
     run.restore(policy, optimizer, scheduler)
 
-    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(batch: common.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logps = common.response_logps(policy, batch)  # (B, K): chosen, rejected[, target]
         ref_logps = batch.ref_logps[:, :2].to(logps.dtype).unbind(1) if normalised else (0.0, 0.0)
         losses, metrics = slic_loss(

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from training.parallel import progress_bar
+
 
 @torch.no_grad()
 def generate(
@@ -66,6 +68,7 @@ def generate(
                     torch.from_numpy(np.stack(uniforms)),
                     samples,
                     top_k,
+                    label,
                 )
             if mine:
                 found[part] = new.view(len(part), samples, -1).to("cpu", torch.int32)
@@ -102,6 +105,7 @@ def _generate_batch(
     uniforms: Tensor,  # (B * K, max_new_tokens) in [0, 1)
     samples: int,  # K
     top_k: int,
+    label: str,
 ) -> Tensor:
     """Return (B * K, max_new_tokens) new tokens, -1 after the end of a row."""
     device, width = policy.lm.device, max(map(len, prompts))
@@ -116,7 +120,7 @@ def _generate_batch(
     found = torch.full(uniforms.shape, -1, device=device)
     rows = torch.arange(len(found), device=device)  # the row of `found` of each row of the batch
     cache = None
-    for t in range(uniforms.shape[1]):
+    for t in progress_bar(range(uniforms.shape[1]), f"{label}, tokens"):
         out = policy.next_logits(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
             use_cache=True, logits_to_keep=1,

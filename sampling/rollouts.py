@@ -38,7 +38,10 @@ def check_args(args: common.Args, positive: str) -> None:
     if getattr(args, "samples", 2) < 2:
         raise common.UserError(f"--samples must be 2 or more, got {args.samples}")
     check_reward(args.reward)
-    if args.gold_reward == "none":  # turns off the gold reward of a preset
+    # `none` turns off the gold reward of a preset, which is that of the embedded task.
+    other_task = args.gold_reward == "family" and (args.dataset or "").split(":")[0] != "family"
+    of_preset = "gold_reward" not in getattr(args, "given", ["gold_reward"])
+    if args.gold_reward == "none" or (other_task and of_preset):
         args.gold_reward = None
     if args.gold_reward:
         check_reward(args.gold_reward, "--gold-reward")
@@ -215,10 +218,14 @@ class Online:
         run.append("rollouts.jsonl", records)
         means = {name: float(x.mean()) for name, x in metrics.items()}
         found = alarms(means, run.state.setdefault("first", means))
-        for name, text in found.items():
+        self.warn(found | nothing_to_learn(rollout, self.args))
+
+    def warn(self, alarms: dict[str, str]) -> None:
+        run = self.run
+        for name, text in alarms.items():
             if name not in run.state.get("alarmed", []):  # once, until it is over
                 run.print(f"step {run.step + 1}: alarm: {text}")
-        run.state["alarmed"] = list(found)
+        run.state["alarmed"] = list(alarms)
 
     def evaluate(self, held_out: list, roll_out: Callable, metrics_of: Callable) -> None:
         """Sample a response to some held-out prompts and log metrics_of(roll_out(...))."""
@@ -232,6 +239,23 @@ class Online:
             evaluation.log_held_out(run, metrics)
         evaluation.greedy_samples(run, held_out, self.tokenizer)
         run.clock = time.perf_counter()  # the time of a step is without its evaluation
+
+
+def nothing_to_learn(rollout: Rollout, args: common.Args) -> dict[str, str]:
+    """Reasons why a step teaches nothing, by name, each with the flag to change."""
+    found, samples = {}, getattr(args, "samples", 1)
+    groups = rollout.scores.view(-1, samples)
+    if not rollout.ended.any():
+        room = args.max_length - args.max_prompt_length
+        found["end"] = f"no response ended within {room} tokens: raise --max-length, or start from "
+        found["end"] += "a model that was fine-tuned on answers (sft.py)"
+    elif not (rollout.scores - rollout.scores[0]).any():
+        found["reward"] = f"all {len(rollout.rows):,} scores are {rollout.scores[0]:g}, so that no "
+        found["reward"] += f"response is better than another: look at --reward {args.reward}"
+    elif samples > 1 and not (groups - groups[:, :1]).any():
+        found["groups"] = "all responses to a prompt have equal scores: raise --temperature or "
+        found["groups"] += "--samples, or use a --reward that tells them apart"
+    return found
 
 
 def alarms(now: dict[str, float], first: dict[str, float]) -> dict[str, str]:

@@ -130,10 +130,10 @@ def test_dpo_metrics():
     assert metrics["rewards/chosen"] == pytest.approx([0.1, -0.1, 0.0], rel=F64)
     assert metrics["rewards/rejected"] == pytest.approx([-0.1, 0.1, 0.0], rel=F64)
     assert metrics["rewards/margins"] == pytest.approx([0.2, -0.2, 0.0], rel=F64)
-    # A tie is not correct: before the first step every margin is 0, and so is the accuracy.
+    # A tie counts half: before the first step every margin is 0, and the accuracy is 0.5.
     # A target margin or label smoothing does not change it.
     for knobs in ((0.1,), (0.1, 0.4, 2.0)):
-        assert dpo(pairs, *knobs)[2]["rewards/accuracies"] == [1.0, 0.0, 0.0]
+        assert dpo(pairs, *knobs)[2]["rewards/accuracies"] == [1.0, 0.0, 0.5]
 
 
 # -- SFT

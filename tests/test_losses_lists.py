@@ -164,7 +164,7 @@ def test_ties(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_metrics(method):
-    """Rewards of best and worst; accuracy over ordered pairs, where equal rewards are wrong."""
+    """Rewards of best and worst; accuracy over ordered pairs, where equal rewards count half."""
     logps = [[-2.0, -9.0, -3.0, -8.0], [-6.0, -4.0, 0.0, 0.0]]
     lengths = [[2, 3, 3, 2], [2, 4, 0, 0]]  # means -1, -3, -1, -4 and -3, -1
     ref_logps = [[-4.0, -3.0, -5.0, 0.0], [0.0, -6.0, 0.0, 0.0]]  # half: 1, -3, 1, -4 and -3, 1
@@ -177,7 +177,7 @@ def test_metrics(method):
     own_term = {"pro": {"chain_loss"}, "rrhf": {"rank_loss"}, "listwise": set()}[method]
     none = [0.0] * 4
     compared = [[0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0], none]
-    right = [[0.0, 1.0, 0.0, 1.0], *compared[1:]]  # the third is as good as the first
+    right = [[0.0, 1.0, 0.5, 1.0], *compared[1:]]  # the third is as good as the first
     expected = {
         "loss": losses,
         "rewards/chosen": best,

@@ -116,7 +116,7 @@ HINGE = {"hinge_loss": [3.0, 1.0, 0.0], "active": [1.0, 1.0, 0.0], "logps/target
     ],
 )
 def test_metrics(loss, columns, rest, chosen, rejected, more):
-    """One value per pair, named as in TRL. A tie is not correct. Margins are without gamma."""
+    """One value per pair, named as in TRL. A tie counts half. Margins are without gamma."""
     logps = [[-10.0, -7.0, -3.0], [-9.0, -8.0, -6.0]]
     losses, _, metrics = called(loss, logps + columns, *rest)
     assert metrics["loss"] == losses
@@ -125,7 +125,7 @@ def test_metrics(loss, columns, rest, chosen, rejected, more):
     assert metrics["rewards/rejected"] == pytest.approx(rejected, rel=F64)
     margins = [a - b for a, b in zip(chosen, rejected, strict=True)]
     assert metrics["rewards/margins"] == pytest.approx(margins, rel=F64)
-    assert metrics["rewards/accuracies"] == [float(margin > 0) for margin in margins]
+    assert metrics["rewards/accuracies"] == [(1 + (m > 0) - (m < 0)) / 2 for m in margins]
     assert {name: metrics[name] for name in more} == more
 
 

@@ -16,6 +16,7 @@ from online import METHODS, json_lines, letters, moved_copy, steps_of, train
 from safetensors.torch import load_file, save_file
 
 import common
+import grpo
 from sampling import rollouts
 from sampling.generate import text_of
 from sampling.rollouts import Online, Rollout
@@ -497,6 +498,22 @@ def test_an_alarm_is_printed_once_until_it_is_over(run, monkeypatch, capsys):
     assert run("grpo", "out", max_steps=4, eval_every=0) == 0
     printed = [line for line in capsys.readouterr().out.splitlines() if "alarm: " in line]
     assert printed == ["step 1: alarm: 1.1", "step 2: alarm: 9", "step 4: alarm: 1.3"]
+
+
+@pytest.mark.parametrize(
+    "scores, ended, named",
+    [
+        ([1.0, 2.0, 3.0, 3.0], [True, False, False, False], []),
+        ([1.0, 2.0, 3.0, 3.0], [False] * 4, ["end"]),
+        ([3.0] * 4, [True] * 4, ["reward"]),
+        ([1.0, 1.0, 3.0, 3.0], [True] * 4, ["groups"]),
+    ],
+)
+def test_a_step_that_teaches_nothing(scores, ended, named):
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    rollout = rollouts.Rollout([None] * 4, mask, torch.tensor(ended), torch.tensor(scores))
+    args = grpo.Args(samples=2, reward="mine.py:score")
+    assert list(rollouts.nothing_to_learn(rollout, args)) == named
 
 
 REFUSED = [

@@ -3,10 +3,13 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -39,7 +42,7 @@ import common
 import dpo
 import kto
 import sft
-from training import checkpoint, parallel
+from training import checkpoint, parallel, run_folder
 
 KINDS = {"kto": labelled_rows, "pro": ranked_rows, "listwise_dpo": ranked_rows, "rrhf": ranked_rows}
 WITH_REFERENCE = ("dpo", "ipo", "kto", "listwise_dpo")
@@ -377,6 +380,39 @@ def test_finished_longer_and_never(run, capsys):
     assert run("dpo", "out", micro_batch_size=2, save_every=1, eval_every=0) == 0  # bookkeeping
 
 
+def test_a_finished_run_whose_rows_or_model_changed_is_refused(checkpoints, rows, capsys):
+    """It must not print the old result. If only its exported model is gone, it exports again."""
+    own = Path("rows.jsonl")
+    own.write_bytes(rows("dpo").read_bytes())
+    model = Path(shutil.copytree(checkpoints("llama"), "start"))
+    again = partial(train, dpo, model, own, "out", max_steps=2)
+    assert again() == 0
+    weights = weights_of("out")
+    (Path("out") / "model.safetensors").unlink()
+    assert again() == 0
+    assert weights_of("out") == weights
+    capsys.readouterr()
+    assert again() == 0
+    assert "finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="out holds another run: what --dataset names has changed"):
+        own.write_text(own.read_text().replace("cat", "dog"))
+        again()
+    own.write_bytes(rows("dpo").read_bytes())
+    with pytest.raises(ValueError, match="out holds another run: what --model names has changed"):
+        config = json.loads((model / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
+        (model / "config.json").write_text(json.dumps(config))
+        again()
+
+
+def test_a_batch_that_was_not_asked_for_is_lowered(run, capsys):
+    """60 rows, 57 of them for training."""
+    lowered = Namespace(batch_size=64, given=set())
+    run_folder.fit_batch_size(lowered, 57, 2)
+    assert lowered.batch_size == 6 and "--batch-size 6" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="at most 57"):
+        run("dpo", "out", batch_size=64)
+
+
 def test_a_second_run_in_the_same_folder_is_refused(run, monkeypatch):
     def start_another(first) -> None:
         with pytest.raises(ValueError, match="another process is training in out"):
@@ -466,15 +502,18 @@ def test_flags_override_presets():
 
 
 def test_errors_are_one_line(tmp_path):
+    (tmp_path / "file").touch()
     for words, text in (
         (["--lr", "nan"], "--lr must be a finite number"),
         (["--dataset", "no.jsonl"], "no.jsonl: there is no such file"),
         (["--model", "./none", "--dataset", "family"], "there is no such folder"),
+        (["--output-dir", "file/out"], "Not a directory: file/out"),
     ):
         command = [sys.executable, str(ROOT / "dpo.py"), *words]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode and "Traceback" not in done.stderr, done.stderr
         assert done.stderr.count("error") == 1 and text in done.stderr, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # no folder of a failed run
 
 
 def test_snake_order():

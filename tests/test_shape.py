@@ -5,6 +5,7 @@ Floors: 0 kernels/ data/ training/ family/ sampling/generate.py, 1 common.py, 2 
 """
 
 import ast
+import builtins
 import subprocess
 
 import pytest
@@ -98,6 +99,18 @@ def test_a_wrong_import_is_found(path, line):
     files |= {"common.py": 'optional_module("sampling.generate")', "sampling/generate.py": ""}
     assert wrong_imports(files) == []
     assert wrong_imports(files | {path: line})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_pasted_loss_needs_only_torch(name):
+    """`import torch`, `import torch.nn.functional as F`, and the function."""
+    body = ast.parse(sources()[f"{name}.py"]).body
+    loss = next(x for x in body if isinstance(x, ast.FunctionDef) and x.name == f"{name}_loss")
+    names = [node for node in ast.walk(loss) if isinstance(node, ast.Name)]
+    known = {node.arg for node in ast.walk(loss) if isinstance(node, ast.arg)}
+    known |= {node.id for node in names if isinstance(node.ctx, ast.Store)} | {*dir(builtins)}
+    known |= {node.name for node in ast.walk(loss) if isinstance(node, ast.FunctionDef)}
+    assert {node.id for node in names} - known <= {"torch", "F"}
 
 
 @pytest.mark.parametrize("path", LIMITS)

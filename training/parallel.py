@@ -31,12 +31,26 @@ logging.getLogger("plainpref").addHandler(SayHandler())
 logging.getLogger("plainpref").setLevel(logging.INFO if MAIN_PROCESS else logging.ERROR)
 
 
+class LogLines:
+    """Whole lines for a log file, where tqdm would write carriage returns."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+
 def progress_bar(over: Any, label: str, **more: Any) -> Any:
     """On a terminal a bar; in a log file a line every 20 seconds."""
     from tqdm import tqdm
 
-    seconds = 0.2 if sys.stderr.isatty() else 20.0
-    how = {"mininterval": seconds, "delay": seconds, "leave": False, "dynamic_ncols": True}
+    how = {"mininterval": 0.2, "delay": 0.2, "leave": False, "dynamic_ncols": True}
+    if not sys.stderr.isatty():
+        line = "{desc:<11}{n_fmt} of {total_fmt}, {rate_fmt}{postfix}, {remaining} left"
+        how |= {"mininterval": 20.0, "delay": 20.0, "miniters": 1, "bar_format": line}
+        how |= {"file": LogLines()}
     return tqdm(over, label, disable=not MAIN_PROCESS, **how, **more)
 
 
@@ -116,7 +130,7 @@ def from_main(make: Callable[[], Any]) -> Any:
         try:
             result[0] = make()
         except (ValueError, OSError) as error:
-            result[1] = str(error)
+            result[1] = errors.message_of(error)
     if dist.is_initialized():
         dist.broadcast_object_list(result, 0)
     if result[1] is not None:

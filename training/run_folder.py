@@ -4,6 +4,7 @@ run.json records the command, all arguments, the source files that compute the w
 hardware; copies of these files are kept next to it.
 """
 
+import atexit
 import dataclasses
 import hashlib
 import json
@@ -11,6 +12,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 
+from data.models import model_folder
 from training import checkpoint, errors, memory, parallel
 from training.parallel import from_main
 
@@ -80,23 +83,30 @@ def describe_settings(args: Any) -> str:
     preset, given = getattr(args, "preset", {}), getattr(args, "given", set())
     parts = [f"{name} {value}" for name, value in preset.items() if name not in given]
     text = f"preset: {', '.join(parts)}" if parts else "no preset: the method's defaults"
+    if parts and args.dataset != preset.get("dataset", args.dataset):
+        text += f" (made for {preset['dataset']}: a guess for {args.dataset})"
     set_here = [f"{name} {getattr(args, name)}" for name in sorted(given)]
     return text + (f"; command line: {', '.join(set_here)}" if set_here else "")
 
 
 def default_name(args: Any, script: Path) -> str:
-    """The script, and the flags that were set to something else than their default."""
+    """The script, and the flags that were set to something else than their default:
+    dpo-smollm2-pairs-beta0.2 of --model ~/smollm2 --dataset pairs.jsonl --beta 0.2.
+    """
     preset, parts = getattr(args, "preset", {}), [script.stem]
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         usual = preset.get(field.name, field.default)
         if field.name in getattr(args, "given", set()) - BOOKKEEPING and value != usual:
+            if field.name in ("model", "dataset"):
+                parts.append(re.sub(r"[^\w.+-]+", "_", Path(value).name.removesuffix(".jsonl")))
+                continue
             text = re.sub(r"[^\w.+-]+", "_", _short(value)).strip("_")
             name = field.name.replace("_", "")
             parts.append(f"{name}{'' if text[:1].isdigit() else '-'}{text}")
     name = "-".join(parts)
-    if len(name) > 120:
-        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    if len(name) > 100:
+        name = f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return name
 
 
@@ -124,6 +134,18 @@ def start(run: Any) -> None:
         run.print(summary.rstrip())
         raise SystemExit(0)
     say("run", f"{run.folder}, {run.world} process(es) on {run.device.type}")
+
+
+def fit_batch_size(args: Any, rows: int, shares: int) -> None:
+    """Refuse a batch that does not fit, or lower one that was not asked for."""
+    if rows < args.batch_size and "batch_size" not in getattr(args, "given", ["batch_size"]):
+        args.batch_size = max(1, rows // 8 // shares) * shares
+        say("", f"only {rows:,} training rows: --batch-size {args.batch_size}")
+    if rows < args.batch_size or args.batch_size % shares:
+        raise ValueError(
+            f"--batch-size must be a multiple of {shares} (processes times minibatches) and at "
+            f"most {rows:,} (training rows), got {args.batch_size}"
+        )
 
 
 def planned(run: Any, train: list) -> None:
@@ -238,18 +260,32 @@ def open_for(run: Any) -> tuple[Path, bool]:
     )
     if old and begun:
         _refuse_another(folder, old, record)
-    elif not old and folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
+    elif not old and folder.exists() and not _unused(folder, run):
         raise ValueError(f"{folder} is not empty and holds no run: choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
     run.lock = _lock(folder)
-    summary = folder / "summary.txt"
-    if summary.is_file() and old and old["arguments"] == record["arguments"]:
+    summary, exported = folder / "summary.txt", any(folder.glob("*.safetensors"))
+    if summary.is_file() and exported and old and old["arguments"] == record["arguments"]:
         return folder, True
     summary.unlink(missing_ok=True)
+    atexit.register(_remove_unused, folder, run)
     (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
     for source in sources(run):
         (folder / source.name).write_text(source.read_text())
     return folder, False
+
+
+def _unused(folder: Path, run: Any) -> bool:
+    """Whether a run was prepared here that failed, or was killed, before it had done anything."""
+    ours = {".lock", "run.json", *(file.name for file in sources(run))}
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= ours
+
+
+def _remove_unused(folder: Path, run: Any) -> None:
+    if _unused(folder, run):
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.parent == Path("runs") and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
 
 
 def _read_record(folder: Path) -> dict | None:
@@ -280,6 +316,9 @@ def _refuse_another(folder: Path, old: dict, new: dict) -> None:
         was, now = (record["arguments"].get(name, "(no such flag)") for record in (old, new))
         if was != now and not (name == "max_steps" and _may_grow(new["arguments"], was, now)):
             differ.append(f"{flag(name)} was {was}, now {now}")
+    for name, digest in new["inputs"].items():
+        if old.get("inputs", {}).get(name, digest) != digest:
+            differ.append(f"what {flag(name)} names has changed")
     for name, digest in new["source"].items():
         if old["source"].get(name, digest) == digest:
             continue
@@ -330,11 +369,26 @@ def describe(run: Any) -> dict[str, Any]:
         "from": {name: "command line" for name in sorted(getattr(run.args, "given", ()))},
         "processes": run.world,
         "source": {n: hashlib.sha256(f.read_bytes()).hexdigest() for n, f in files.items()},
+        "inputs": inputs(run.args),
         "commit": git_commit(),
         "versions": {"python": platform.python_version()}
         | {name: package_version(name) for name in ("torch", "transformers", "triton")},
         "hardware": gpu or f"{platform.machine()}, {os.cpu_count()} cores",
     }
+
+
+def inputs(args: Any) -> dict[str, str]:
+    """Flag -> digest of the files that it names, to notice that they were replaced."""
+    found = {}
+    kinds = ("*.safetensors", "*config.json", "tokenizer.json", "*.jsonl*", "*.parquet")
+    for name in ("model", "ref_model", "value_model", "reward", "dataset", "eval_dataset"):
+        value, files = getattr(args, name, None), []
+        for path in map(model_folder, re.split("[+@]", value) if value else ()):
+            files += [path] if path.is_file() else [f for kind in kinds for f in path.glob(kind)]
+        if files:
+            digests = [checkpoint.quick_hash(file) for file in sorted(files)]
+            found[name] = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return found
 
 
 def package_version(package: str) -> str:
