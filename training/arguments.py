@@ -108,15 +108,17 @@ def explain(word: str, argv: list[str], defaults: dict[str, Any]) -> str:
     switches = {name for name, default in defaults.items() if isinstance(default, bool)}
     names = [*defaults, *(f"no_{name}" for name in switches)]
     if not word.startswith("-"):
-        before = argv[argv.index(word) - 1]
-        if before.lstrip("-").replace("-", "_") in switches:
-            return f"{before} {word}: {before} takes no value, and --no-{before[2:]} turns it off"
+        before = re.search(rf"--([\w-]+)[= ]{re.escape(word)}( |$)", " ".join(argv))
+        if before and before[1].replace("-", "_") in switches:
+            return f"{word}: --{before[1]} takes no value, --no-{before[1]} turns it off"
         files = Path(word).is_dir() and not (Path(word) / "config.json").is_file()
         sets = {"family", *(source.name for source in SOURCES)}
         is_data = files or word.endswith(tuple(READERS)) or word.split(":")[0] in sets
         use = "dataset" if is_data else "model"
-        return f"{word}: use --{use} {word}" if use in names else f"{word}: belongs to no flag"
-    flag, name = word.split("=")[0], word.split("=")[0].lstrip("-").replace("-", "_")
+        if use not in names or f"--{use}" in argv or re.fullmatch("[\\d.e+-]+", word):
+            return f"{word}: belongs to no flag"
+        return f"{word}: use --{use} {word}"
+    flag, name = word.split("=")[0], word.split("=")[0].lstrip("-").replace("-", "_").lower()
     hint = next((hint for theirs, hint in THEIRS.items() if name in theirs.split()), None)
     ours = re.findall(r"--([\w-]+)", hint or "")
     if hint and not ours:
