@@ -1,14 +1,16 @@
 """Kinds of rows, and how a row of one kind is converted to another.
 
-A prompt or response is a text or a list of messages {"role", "content"}.
+A prompt or response is a text or a list of messages {"role", "content"}, or {"from", "value"}.
+Next to a list of messages, a text is the assistant's message (of a prompt, the user's).
 """
 
 import json
 import sys
 from itertools import combinations, pairwise
+from reprlib import repr as short  # of any value, however long or deep
 from typing import Any
 
-KINDS = {  # a row's kind is the first whose columns it has
+KINDS = {  # and their columns
     "ranked": ("prompt", "responses", "scores"),
     "pair": ("chosen", "rejected"),
     "labelled": ("prompt", "completion", "label"),
@@ -24,6 +26,11 @@ CONVERTIBLE = {  # for each kind that a method takes: which kinds of rows serve,
     "labelled": ("labelled", "pair", "ranked"),
     "prompt": ("prompt", "demonstration", "messages", "pair", "ranked", "labelled"),
 }
+SCRIPTS = {"labelled": "kto.py", "prompt": "ppo.py, rloo.py, grpo.py, rso.py and raft.py"}
+SCRIPTS |= dict.fromkeys(("demonstration", "messages", "text"), "sft.py")
+LABELS = dict.fromkeys(("true", "yes", "1", "1.0"), True)
+LABELS |= dict.fromkeys(("false", "no", "0", "0.0"), False)
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
 class BadRow(ValueError):
@@ -34,12 +41,47 @@ class LeftOut(str):
     """Why a correct row is not used, in words that follow a count ("3 ties")."""
 
 
-def kind_of(row: dict) -> str:
-    for kind, columns in KINDS.items():
-        if all(column in row for column in columns):
-            return kind
-    known = "; ".join(", ".join(columns) for columns in KINDS.values())
-    raise BadRow(f"has the columns {', '.join(row) or '(none)'}; known rows have: {known}")
+def rename(row: dict, theirs: dict[str, str]) -> dict:
+    """Give columns our names: {ours: theirs} of --columns, then those of ShareGPT and Alpaca."""
+    for name in theirs.values():
+        if name not in row:
+            raise BadRow(f"--columns: no column {name!r} (columns: {_columns(row)})")
+    if theirs:
+        kept = {name: value for name, value in row.items() if name not in theirs.values()}
+        row = kept | {ours: row[name] for ours, name in theirs.items()}
+    if "conversations" in row:
+        row = {"messages": row["conversations"]} | row
+    if "instruction" in row and "prompt" not in row:
+        parts = [row["instruction"], row.get("input") or ""]
+        if not all(isinstance(part, str) for part in parts):
+            raise BadRow("'instruction' and 'input' must be texts")
+        row = row | {"prompt": "\n\n".join(part for part in parts if part.strip())}
+        row = {"completion": row["output"]} | row if "output" in row else row
+    return row
+
+
+def kind_of(row: dict, wanted: str) -> str | None:
+    """The first kind whose columns a row has; one that can be converted to what is wanted first."""
+    found = [kind for kind, names in KINDS.items() if row.keys() >= {*names}]
+    return next((kind for kind in found if kind in CONVERTIBLE[wanted]), [*found, None][0])
+
+
+def _columns(row: dict) -> str:
+    return ", ".join([*row][:20]) + ", ..." * (len(row) > 20) or "none"
+
+
+def _refusal(row: dict, found: str | None, kind: str) -> str:
+    """Which columns a row lacks of the nearest kind that is taken here, or who takes its own."""
+
+    def shared(kind: str) -> int:
+        return sum(name in row for name in KINDS[kind] if name != "prompt")
+
+    nearest = max(CONVERTIBLE[kind], key=shared)
+    missing = [name for name in KINDS[nearest] if name not in row]
+    why = f"no column {' and '.join(map(repr, missing))} (columns: {_columns(row)})"
+    if found in SCRIPTS and (found != "prompt" or len(row) == 1):
+        return f"{why}; {found} rows are for {SCRIPTS[found]}"
+    return f"{why}; --columns {','.join(f'{name}=NAME' for name in missing)} renames"
 
 
 def convert(
@@ -57,11 +99,9 @@ def convert(
     A pair or list for a method that takes labels becomes a ranked row of two, which the caller
     separates after it has cut both: they keep the same prompt.
     """
-    found = kind_of(row)
+    found = kind_of(row, kind)
     if found not in CONVERTIBLE[kind]:
-        needed = f"{kind} rows are needed ({', '.join(KINDS[kind])})"
-        others = " or ".join(other for other in CONVERTIBLE[kind] if other != kind)
-        raise BadRow(f"holds {found} rows, and {needed}; {others} rows can be converted")
+        raise BadRow(_refusal(row, found, kind))
     for column in (*KINDS[found], *["target"] * with_target):
         if row.get(column) is None:
             raise BadRow(f"no {column!r}")
@@ -75,20 +115,19 @@ def convert(
     if found == "text":
         return [{"prompt": "", "completion": _content(row["text"], "text")}]
     if found == "messages":
-        messages = _response(row["messages"], "messages")
+        messages = _response(_list(row["messages"]), "messages")
         if isinstance(messages, str) or len(messages) < 2:
             raise BadRow("'messages' must be a list of two messages or more")
         row = {"prompt": messages[:-1], "completion": messages[-1:]}
     if found == "labelled" and kind != "prompt":
-        if not isinstance(row["label"], bool):
-            raise BadRow(f"'label' must be true or false, this is {row['label']!r}")
-        if kind == "demonstration" and not row["label"]:
+        label = _label(row["label"])
+        if kind == "demonstration" and not label:
             return [LeftOut("labelled false")]
     new: dict[str, Any] = {"prompt": _content(row["prompt"], "prompt")}
     if kind != "prompt":
         new["completion"] = _response(row["completion"], "completion")
     if kind == "labelled":
-        new["label"] = row["label"]
+        new["label"] = label
     return [new]
 
 
@@ -119,15 +158,15 @@ def _from_best(ranked: list[tuple[float, Any]], kind: str, pairs: str) -> list[d
 
 def _from_ranked(row: dict) -> tuple[Any, list[tuple[float, Any]]]:
     """The prompt, and distinct (score, response), best first; ties keep their order."""
-    responses, scores = row["responses"], row["scores"]
+    responses, scores = _list(row["responses"]), _list(row["scores"])
     if not isinstance(responses, list) or not isinstance(scores, list):
-        raise BadRow("'responses' and 'scores' must be lists")
+        raise BadRow("'responses' and 'scores' must be lists (in a CSV cell: JSON)")
     if len(responses) != len(scores) or not responses:
         raise BadRow(f"{len(responses)} responses but {len(scores)} scores")
     for score in scores:
         is_number = isinstance(score, int | float) and not isinstance(score, bool)
         if not is_number or not abs(score) <= sys.float_info.max:
-            raise BadRow(f"a score must be a finite number, this is {score!r}")
+            raise BadRow(f"a score must be a finite number, this is {short(score)}")
     distinct: dict[str, tuple[float, Any]] = {}
     for score, response in sorted(zip(scores, responses, strict=True), key=lambda e: -e[0]):
         response = _response(response, "responses")
@@ -161,6 +200,22 @@ def _from_pair(row: dict) -> tuple[Any, list[tuple[float, Any]]]:
     return opening, [(1.0, chosen[shared:]), (0.0, rejected[shared:])]
 
 
+def _label(value: Any) -> bool:
+    label = LABELS.get(str(value).strip().lower()) if isinstance(value, str | int | float) else None
+    if label is None:
+        text = "'label' must be true or false (or 1 or 0, yes or no), this is"
+        raise BadRow(f"{text} {short(value)}")
+    return label
+
+
+def _list(value: Any) -> Any:
+    """A cell of a CSV file holds a list as JSON."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
 def _target(value: Any, prompt: Any) -> Any:
     """A third response to the prompt. Of a whole dialogue, only what continues the prompt."""
     target = _response(value, "target")
@@ -183,13 +238,29 @@ def _response(value: Any, column: str) -> Any:
 def _content(value: Any, column: str) -> Any:
     """A text that is not empty, or messages without other keys."""
     if isinstance(value, str):
+        content, texts = value, [value]
         if not value.strip():
             raise BadRow(f"{column!r} is empty")
-        return value
+    else:
+        try:
+            content = [_message(message) for message in value]
+        except (TypeError, KeyError):
+            content = []
+        texts = [text for message in content for text in message.values()]
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise BadRow(
+                f"{column!r} must be a text or a list of messages with 'role' and 'content'"
+            )
     try:
-        messages = [{"role": m["role"], "content": m["content"]} for m in value]
-    except (TypeError, KeyError):
-        messages = []
-    if not messages or not all(isinstance(text, str) for m in messages for text in m.values()):
-        raise BadRow(f"{column!r} must be a text or a list of messages with 'role' and 'content'")
-    return messages
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        raise BadRow(f"{column!r} has half a character (a lone surrogate)") from None
+    return content
+
+
+def _message(message: dict) -> dict:
+    if "role" in message:
+        return {"role": message["role"], "content": message["content"]}
+    role = message["from"]  # ShareGPT
+    return {"role": ROLES.get(role, role), "content": message["value"]}

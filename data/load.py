@@ -17,7 +17,7 @@ from typing import Any
 
 from data.kinds import CONVERTIBLE, BadRow, LeftOut
 from data.published import SOURCES, Fits, Source, problem_of
-from data.rows import parse_json
+from data.rows import holds_list, json_lines
 
 MODELS = {  # short names for --model
     "gemma-2-2b": "google/gemma-2-2b",
@@ -177,23 +177,19 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path}: the name must end with one of {', '.join(READERS)}")
     try:
         yield from reader(path)
-    except (OSError, EOFError, ValueError, csv.Error, zlib.error) as error:
+    except (OSError, EOFError, ValueError, RecursionError, csv.Error, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from None
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     """A row per line, or a list of rows."""
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        start = file.read(100).removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-        file.seek(0)
-        if start.lstrip().startswith(b"["):
-            for number, row in enumerate(json.load(file), 1):
-                bad = None if isinstance(row, dict) else BadRow("a row must be an object")
-                yield f"{path}:row {number}", bad or row
-        else:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}:{number}", parse_json(line)
+        if not holds_list(file):
+            yield from json_lines(path, file)
+            return
+        for number, row in enumerate(json.load(file), 1):
+            bad = None if isinstance(row, dict) else BadRow("a row must be an object")
+            yield f"{path}:row {number}", bad or row
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -207,24 +203,14 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    """Lists (responses, scores, messages) are JSON in their cell; a label is true/false or 1/0."""
+    """Lists (responses, scores, messages) are JSON in their cell."""
     csv.field_size_limit(2**31 - 1)  # the default refuses long texts
-    labels = {"true": True, "1": True, "false": False, "0": False}
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                yield where, BadRow("has another number of cells than the header")
-                continue
-            if "label" in row:
-                row["label"] = labels.get(row["label"].lower())
-            try:
-                for name in {"responses", "scores", "messages"} & row.keys():
-                    row[name] = json.loads(row[name])
-            except ValueError as error:
-                row = BadRow(f"{name!r} is not JSON ({error})")
-            yield where, row
+            broken = None in row or None in row.values()
+            bad = BadRow("has another number of cells than the header") if broken else None
+            yield f"{path}:{reader.line_num}", bad or row
 
 
 READERS = {

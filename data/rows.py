@@ -1,24 +1,24 @@
-"""From a data set's name to rows of token ids: read, convert, apply the chat template, tokenise.
+"""From a data set's name to rows of token ids: read, convert, tokenise, cut (texts: tokens.py).
 
 Prompt and responses are tokenised separately and joined as ids, so that the prompt has the same
 tokens before every response. A sequence has one BOS (if the tokenizer writes one) and one EOS.
 """
 
-import hashlib
 import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.kinds import LeftOut, convert, kind_of
+from data.kinds import KINDS, LeftOut, convert, kind_of, rename
+from data.tokens import Writer
 
 TEST_ROWS = 2048  # of a data set's own test split: more take longer than the training
-MANY_TEXTS = 100_000  # from here on, token ids are cached on disk
+LONGEST_LINE = 2**26  # bytes
 log = logging.getLogger("plainpref")
 
 
@@ -56,14 +56,21 @@ def read(
     split: str,
     kind: str,  # pair, ranked, labelled, demonstration or prompt
     tokenizer: Any,
-    args: Any,  # max_length, max_prompt_length, skip_bad_rows, cache_dir, pairs
+    args: Any,  # max_length, max_prompt_length, skip_bad_rows, cache_dir, pairs, columns, ...
     make_row: Callable[..., Any],  # common.Row
     main_first: Callable[[Callable], Any],  # calls a function on the main process, others wait
     whole_text: bool = False,  # demonstrations: train on the prompt too
     with_target: bool = False,  # pairs: the row's `target` is a third response
 ) -> list:
     """Rows of token ids. Rows that cannot be used end the run, or are counted and left out."""
-    counts, bad, texts, kinds = Counter(), [], [], Counter()
+    from data.load import find_published
+
+    theirs = parse_columns(getattr(args, "columns", None))
+    # The embedded task holds samples as its model wrote them, special tokens included.
+    raw = getattr(args, "chat_template", "auto") == "none" or dataset.split(":")[0] == "family"
+    writer = Writer(tokenizer, raw, wrap=not raw and not find_published(dataset, kind))
+    counts, kinds, texts = Counter(), Counter(), []
+    bad: dict[str, list[str]] = {}  # reason -> where
     for where, row in _raw_rows(dataset, split, kind, tokenizer, args):
         counts["read"] += 1
         if isinstance(row, LeftOut):
@@ -72,23 +79,25 @@ def read(
         try:
             if isinstance(row, ValueError):
                 raise row
-            kinds[kind_of(row)] += 1
-            for new in convert(row, kind, getattr(args, "pairs", "best-worst"), with_target):
+            row = rename(row, theirs)
+            made = convert(row, kind, getattr(args, "pairs", "best-worst"), with_target)
+            kinds[kind_of(row, kind)] += 1
+            for new in made:
                 if isinstance(new, LeftOut):
                     counts[str(new)] += 1
-                    continue
-                texts.append((where, *_texts_of(new, kind, tokenizer)))
+                else:
+                    texts.append((where, writer.texts_of(new, kind)))
         except ValueError as reason:
-            bad.append(f"{where}: {reason}")
-    ids = _encode(
-        [t for _, prompt, rest, *_ in texts for t in (prompt, *rest)], tokenizer, args, main_first
-    )
+            bad.setdefault(printable(reason), []).append(where)
+    every = [t for _, row in texts for t in (row["prompt_text"], *row["response_texts"])]
+    ids = writer.encode(every, args.cache_dir, main_first)
     rows, prompts = [], set()
-    for where, *row_texts in texts:
+    for where, row_texts in texts:
         try:
-            ready = _tokenise(*row_texts, ids, tokenizer, args, whole_text, counts)
+            ready = _tokenise(**row_texts, ids=ids, tokenizer=tokenizer, args=args,
+                              whole_text=whole_text, counts=counts)  # fmt: skip
         except ValueError as reason:
-            bad.append(f"{where}: {reason}")
+            bad.setdefault(printable(reason), []).append(where)
             continue
         if ready is None or (kind == "prompt" and ready["key"] in prompts):
             counts["repeated prompts"] += ready is not None
@@ -100,21 +109,50 @@ def read(
                 rows.append(make_row(**ready | one))
         else:
             rows.append(make_row(**ready))
-    if bad and not args.skip_bad_rows:
-        more = [f"... and {len(bad) - 10:,} more"] if len(bad) > 10 else []
-        raise ValueError(
-            f"{len(bad):,} of {counts['read']:,} rows of {dataset} cannot be used "
-            "(--skip-bad-rows leaves them out):\n  " + "\n  ".join(bad[:10] + more)
-        )
-    if not rows:
-        raise ValueError(f"{dataset}: no usable row ({counts['read']:,} read, {len(bad):,} bad)")
+    total = counts.pop("read", 0)
+    num_bad = len({where for places in bad.values() for where in places})
+    if bad and (not rows or not args.skip_bad_rows):
+        raise ValueError(_refusal(dataset, bad, num_bad, total))
+    cut = [f"{counts.pop(f'{part} cut', 0):,} {part}" for part in ("prompts", "responses")]
     if bad:
-        counts[f"bad ({bad[0]}{', ...' * (len(bad) > 1)})"] = len(bad)
-    found = " and ".join(kinds)
-    _report(
-        rows, f"{split}: {dataset}: {counts.pop('read'):,} {found} rows", kind, counts, tokenizer
-    )
+        reason, places = next(iter(bad.items()))
+        counts[f"bad ({places[0]}: {reason}{', ...' * (num_bad > 1)})"] = num_bad
+    left_out = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n) or "none"
+    if not rows:
+        raise ValueError(f"{dataset}: no usable row ({total:,} read; left out: {left_out})")
+    source = f"{split}: {dataset}: {total:,} {' and '.join(kinds)} rows"
+    log.info(f"{source} -> {len(rows):,} {kind} rows; left out: {left_out}")
+    _report(rows, kind, cut, writer)
     return rows
+
+
+def parse_columns(columns: str | None) -> dict[str, str]:
+    """{ours: theirs} of --columns ours=theirs,..."""
+    known = {name for names in KINDS.values() for name in names} | {"target"}
+    parts = [part.partition("=") for part in (columns or "").split(",") if part.strip()]
+    theirs = {ours.strip(): name.strip() for ours, _, name in parts}
+    if not all(theirs.values()) or not theirs.keys() <= known:
+        names = ", ".join(sorted(known))
+        raise ValueError(f"--columns {columns}: must be OURS=THEIRS,... where OURS is of {names}")
+    return theirs
+
+
+def printable(reason: ValueError) -> str:
+    """One line: a name or a text from the rows may hold line breaks or control characters."""
+    text = str(reason)[:1000]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _refusal(dataset: str, bad: dict[str, list[str]], num_bad: int, total: int) -> str:
+    """How many rows are bad, why, and where: equal reasons together."""
+    advice = " (--skip-bad-rows leaves them out)" if num_bad < total else ""
+    lines = [f"{num_bad:,} of {total:,} rows of {dataset} cannot be used{advice}:"]
+    for reason, places in sorted(bad.items(), key=lambda entry: -len(entry[1]))[:10]:
+        first = ", ".join(places[:3]) + ", ..." * (len(places) > 3)
+        many = f"{len(places):,} of {total:,} rows: {reason}: {first}"
+        lines.append(many if len(places) > 1 else f"{first}: {reason}")
+    more = [f"... and {len(bad) - 10:,} more reasons"] if len(bad) > 10 else []
+    return "\n  ".join(lines + more)
 
 
 def _raw_rows(
@@ -123,7 +161,10 @@ def _raw_rows(
     """(file:line, row, or why there is none)."""
     path = Path(dataset).expanduser()
     if path.suffix == ".jsonl" and path.is_file():
-        yield from json_lines(path)
+        with open(path, "rb") as file:
+            if holds_list(file):
+                raise ValueError(f"{path}: a JSON array, not a row per line: name it .json")
+            yield from json_lines(path, file)
         return
     from data import load
 
@@ -136,18 +177,27 @@ def _raw_rows(
     yield from load.read(dataset, split, kind, fits)
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path}:{number}", parse_json(line)
+def holds_list(file: BinaryIO) -> bool:
+    start = file.read(100).removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+    file.seek(0)
+    return start.lstrip().startswith(b"[")
 
 
-def parse_json(line: bytes) -> dict | ValueError:
+def json_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, dict | ValueError]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield f"{path}:{number}", _parse_json(line)
+
+
+def _parse_json(line: bytes) -> dict | ValueError:
+    if len(line) > LONGEST_LINE:
+        return ValueError(f"a line of {len(line):,} bytes, at most {LONGEST_LINE:,} are read")
     try:
         row = json.loads(line)
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8 ({error.reason} at byte {error.start})")
+    except RecursionError:
+        return ValueError("nested too deeply")
     except ValueError as error:
         return ValueError(f"not JSON ({error})")
     if not isinstance(row, dict):
@@ -155,69 +205,12 @@ def parse_json(line: bytes) -> dict | ValueError:
     return row
 
 
-def _texts_of(row: dict, kind: str, tokenizer: Any) -> tuple[str, list[str], Any, bool]:
-    """Prompt, responses, their scores, and whether the chat template wrote them."""
-    scores = row.get("scores")
-    if "responses" in row:
-        responses = row["responses"]
-    elif kind == "pair":
-        responses = [row[name] for name in ("chosen", "rejected", "target") if name in row]
-    else:
-        responses = [row["completion"]] if "completion" in row else []
-        scores = [float(row["label"])] if kind == "labelled" else None
-    prompt, templated = row["prompt"], isinstance(row["prompt"], list)
-    if any(isinstance(response, list) != templated for response in responses):
-        raise ValueError("prompt and responses must all be texts or all be lists of messages")
-    if templated:
-        prompt, responses = _render(prompt, responses, tokenizer)
-    for text in (prompt, *responses):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("a text has half a character (a lone surrogate)") from None
-    return prompt, responses, scores, templated
-
-
-def _render(prompt: list, responses: list, tokenizer: Any) -> tuple[str, list[str]]:
-    """Messages as text: what the chat template writes before an answer, and adds for each."""
-    if not tokenizer.chat_template:
-        raise ValueError("a list of messages, but this model's tokenizer has no chat template")
-
-    def render(messages: list, **more: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, **more)
-        except Exception as error:  # a template may raise anything ("System role not supported")
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the chat template refuses it: {reason[:200]}") from None
-
-    full = [render(prompt + response) for response in responses]
-    for start in (render(prompt, add_generation_prompt=True), render(prompt)):
-        if all(text.startswith(start) for text in full):
-            return start, [text[len(start) :] for text in full]
-    raise ValueError("the chat template does not begin an answer as it begins one to be generated")
-
-
-def _encode(texts: list[str], tokenizer: Any, args: Any, main_first: Callable) -> dict:
-    """Token ids by text, without special tokens. Those of large sets are cached on disk."""
-    texts, ids = list(dict.fromkeys(texts)), {}
-    if len(texts) >= MANY_TEXTS:
-        from data import tokens
-
-        folder = Path(args.cache_dir or "runs/.cache").expanduser()
-        make = partial(tokens.encode, texts, tokenizer, folder)
-        main_first(lambda: make() and None)  # writes the cache, which the others read
-        return dict(zip(texts, make(), strict=True))
-    for start in range(0, len(texts), 2000):
-        chunk = texts[start : start + 2000]
-        ids |= zip(chunk, tokenizer(chunk, add_special_tokens=False).input_ids, strict=True)
-    return ids
-
-
 def _tokenise(
     prompt_text: str,
     response_texts: list[str],
     scores: list[float] | None,
     templated: bool,
+    key: bytes,
     ids: dict[str, list[int]],
     tokenizer: Any,
     args: Any,
@@ -225,7 +218,7 @@ def _tokenise(
     counts: Counter,
 ) -> dict | None:
     prompt = ids[prompt_text]
-    while tokenizer.bos and prompt[:1] == tokenizer.bos:  # written out in the text
+    while tokenizer.bos and prompt[:1] == tokenizer.bos:  # written by the template or in a raw text
         prompt = prompt[1:]
     prompt = tokenizer.bos + prompt
     responses = [_end_with_eos(ids[text], tokenizer, templated) for text in response_texts]
@@ -242,6 +235,8 @@ def _tokenise(
     question = prompt
     if whole_text or not prompt:  # nothing comes before the first token to predict it from
         prompt, responses = (prompt + responses[0])[:1], [(prompt + responses[0])[1:]]
+        if not responses[0]:
+            raise ValueError("a single token, and nothing to predict it from")
     if len(responses) > 1:
         # Of ranked responses that cutting made equal, the best stays. A pair must differ.
         first = {tuple(response): k for k, response in reversed(list(enumerate(responses)))}
@@ -252,7 +247,6 @@ def _tokenise(
         if scores[0] == scores[-1] if scores else responses[0] == responses[1]:
             counts["equal after cutting"] += 1
             return None
-    key = hashlib.sha256((prompt_text or response_texts[0]).encode()).digest()[:8]
     array = partial(np.array, dtype=np.int32)
     return {
         "prompt": array(prompt), "responses": list(map(array, responses)),
@@ -283,11 +277,9 @@ def _end_with_eos(ids: list[int], tokenizer: Any, templated: bool) -> list[int]:
     return ids[: (ends[-1] if continues else ends[0]) + 1]  # of several turns, the last one's end
 
 
-def _report(rows: list, source: str, kind: str, counts: Counter, tokenizer: Any) -> None:
-    """What became of the rows, their lengths, and the first one."""
-    cut = [f"{counts.pop(f'{part} cut', 0):,} {part}" for part in ("prompts", "responses")]
-    left_out = ", ".join(f"{n:,} {why}" for why, n in counts.items() if n) or "none"
-    log.info(f"{source} -> {len(rows):,} {kind} rows; left out: {left_out}")
+def _report(rows: list, kind: str, cut: list[str], writer: Writer) -> None:
+    """Lengths, what became of texts, the first row; a warning for rows that teach something bad."""
+    tokenizer, seen = writer.tokenizer, writer.seen
     responses = [response for row in rows for response in row.responses]
     lengths = [("prompt", [len(row.prompt) for row in rows])]
     lengths += [("response", [len(response) for response in responses])] if responses else []
@@ -304,3 +296,27 @@ def _report(rows: list, source: str, kind: str, counts: Counter, tokenizer: Any)
     texts = [tokenizer.decode(ids) for ids in (rows[0].prompt, *rows[0].responses)]
     texts = [text if len(text) <= 200 else f"{text[:100]} ... {text[-100:]}" for text in texts]
     log.info(f"first row: {' | '.join(map(repr, texts))}")
+    if seen["wrapped"]:
+        turns = "texts are wrapped as user and assistant turns"
+        log.info(f"chat template: {turns} (--chat-template none: as they are)")
+    elif tokenizer.chat_template and seen["as they are"]:
+        log.info("chat template: texts are used as they are, without it")
+    if seen["special"]:
+        where = f"special tokens that {seen['special']:,} rows spell out"
+        log.info(f"{where} are encoded as plain text (--chat-template none: as special tokens)")
+    if kind == "ranked":
+        gap = np.median([row.scores[0] - row.scores[-1] for row in rows])
+        log.info(f"scores: the median gap between best and worst is {gap:.3g}")
+    ended = [int(row.responses[0][-1]) in tokenizer.stop_ids for row in rows if responses]
+    if responses and np.mean(ended) < 2 / 3:
+        which = "answers" if len(rows[0].responses) == 1 else "chosen answers"
+        how = "a model does not learn from them to stop: raise --max-length"
+        log.warning(f"warning: {1 - np.mean(ended):.0%} of the {which} are cut; {how}")
+    if seen["dialogues"]:
+        what = "dialogues that differ before the last answer"
+        how = "all turns after the first difference are trained on as the answer"
+        log.warning(f"warning: {seen['dialogues']:,} rows hold {what}; {how}")
+    if kind == "labelled" and len(labels := {bool(row.scores[0] > 0) for row in rows}) == 1:
+        log.warning(
+            f"warning: all labels are {str(*labels).lower()}; answers of both kinds are needed"
+        )

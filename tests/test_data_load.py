@@ -66,7 +66,10 @@ FILES = [
 @pytest.mark.parametrize("ending", load.READERS)
 @pytest.mark.parametrize("rows", FILES)
 def test_files_give_the_rows_that_were_written(rows, ending):
-    assert rows_of(write(f"rows{ending}", rows)) == rows
+    path = write(f"rows{ending}", rows)
+    if ending == ".csv":  # kinds.py reads lists and labels
+        rows = [{k: v if isinstance(v, str) else json.dumps(v) for k, v in r.items()} for r in rows]
+    assert rows_of(path) == rows
 
 
 def test_a_folder_is_read_in_the_order_of_names():
@@ -91,7 +94,7 @@ def test_a_byte_order_mark_blank_lines_and_another_name(name):
         ("a.jsonl", b'{"text": "a"}\n\n3\n', "a.jsonl:3", "must be an object, this is a int"),
         ("a.json", b'[{"text": "a"}, 3]', "a.json:row 2", "a row must be an object"),
         ("a.csv", b"text,x\na,b\nc,d,e\n", "a.csv:3", "another number of cells than the header"),
-        ("a.csv", b"text,scores\na,[1]\nb,1;2\n", "a.csv:3", "'scores' is not JSON"),
+        ("a.json", b'{"text": "a"}\n{"x":' + b"[" * 100_000, "a.json:2", "nested too deeply"),
     ],
 )
 def test_a_bad_row_is_named_and_the_others_are_read(name, content, where, reason):
@@ -101,17 +104,13 @@ def test_a_bad_row_is_named_and_the_others_are_read(name, content, where, reason
     assert at == where and isinstance(second, ValueError) and reason in str(second)
 
 
-def test_labels_of_a_csv():
-    Path("rows.csv").write_text("label\nTRUE\n1\nFalse\n0\ngood\n")
-    assert [row["label"] for row in rows_of("rows.csv")] == [True, True, False, False, None]
-
-
 @pytest.mark.parametrize(
     "name, content, reason",
     [
         ("a.parquet", b"no", "a.parquet: cannot be read (Parquet file size is 2 bytes"),
         ("a.jsonl.gz", b"no", "a.jsonl.gz: cannot be read (Not a gzipped file"),
         ("a.json.gz", CUT_GZIP, "a.json.gz: cannot be read (Compressed"),
+        ("a.json", b"[" * 100_000, "a.json: cannot be read (maximum recursion depth exceeded"),
         ("a.csv", b"text\n\xff\n", "a.csv: cannot be read ('utf-8' codec"),
         ("a.txt", b"a", "a.txt: the name must end with one of .jsonl, .json, "),
         ("b/a.jsonl", None, "b/a.jsonl: there is no such file or folder"),

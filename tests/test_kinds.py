@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from data.kinds import CONVERTIBLE, BadRow, convert, kind_of
+from data.kinds import CONVERTIBLE, BadRow, convert, kind_of, rename
 
 
 def user(text: str) -> dict:
@@ -83,6 +83,12 @@ CASES = [
     ("prompt", LABELLED, [{"prompt": "Why?"}]),
     ("prompt", DEMONSTRATION, [{"prompt": "Why?"}]),
     ("prompt", {"messages": [*ASKED, *says("a")]}, [{"prompt": ASKED}]),
+    ("prompt", {"text": "a", "prompt": "Why?"}, [{"prompt": "Why?"}]),
+    # Next to messages a text stays one: it is the assistant's.
+    ("pair", PAIR | {"prompt": ASKED}, [PAIR | {"prompt": ASKED}]),
+    ("ranked", TWO | {"prompt": ASKED}, [TWO | {"prompt": ASKED}]),
+    ("labelled", LABELLED | {"prompt": ASKED}, [LABELLED | {"prompt": ASKED}]),
+    ("ranked", TWO | {"responses": '[" So.", " No."]', "scores": "[1, 0]"}, [TWO]),  # a CSV
 ]  # fmt: skip
 
 
@@ -97,7 +103,7 @@ def test_convert(kind, row, expected):
 
 
 def test_every_conversion_has_a_case():
-    tested = {(kind, kind_of(row)) for kind, row, _ in CASES}
+    tested = {(kind, kind_of(row, kind)) for kind, row, _ in CASES}
     assert tested == {(kind, found) for kind, all_ in CONVERTIBLE.items() for found in all_}
 
 
@@ -153,14 +159,28 @@ def test_target(row, target, expected):
 
 MESSAGES = "must be a text or a list of messages with 'role' and 'content'"
 BAD = [
-    ("labelled", DEMONSTRATION, "holds demonstration rows, and labelled rows are needed"),
-    ("ranked", LABELLED, r"are needed \(prompt, responses, scores\); pair rows can be converted"),
-    ("pair", LABELLED, r"needed \(chosen, rejected\); ranked rows can be converted"),
-    ("prompt", {"text": "a"}, "holds text rows"),
-    ("pair", {"question": "a", "x": 1}, "has the columns question, x; known rows have: prompt"),
+    ("labelled", DEMONSTRATION, "no column 'label' .*; demonstration rows are for sft.py"),
+    ("ranked", LABELLED, "no column 'responses' and 'scores' .*; labelled rows are for kto.py"),
+    ("pair", {"prompt": "a"}, "prompt rows are for ppo.py, rloo.py, grpo.py, rso.py and raft.py"),
+    ("prompt", {"text": "a"}, "text rows are for sft.py"),
+    (
+        "pair",
+        {"prompt": "a", "win": "b", "lose": "c"},
+        r"no column 'chosen' and 'rejected' \(columns: prompt, win, lose\); "
+        "--columns chosen=NAME,rejected=NAME renames",
+    ),
+    ("pair", {"prompt": "a", "chosen": "b"}, r"no column 'rejected' \(columns: prompt, chosen\)"),
+    ("demonstration", {"prompt": "a", "chosen": "b"}, "no column 'rejected'"),  # a pair serves too
+    ("pair", {"prompt": "a", "responses": []}, "no column 'scores'"),
+    ("labelled", {"prompt": "a", "label": True}, "no column 'completion'"),
+    ("demonstration", {}, r"no column 'prompt' and 'completion' \(columns: none\)"),
     ("pair", PAIR | {"chosen": None}, "no 'chosen'"),
     ("labelled", LABELLED | {"label": None}, "no 'label'"),
-    ("labelled", LABELLED | {"label": 1}, "'label' must be true or false, this is 1"),
+    ("labelled", LABELLED | {"label": 2}, r"true or false \(or 1 or 0, yes or no\), this is 2"),
+    ("labelled", LABELLED | {"label": "good"}, "this is 'good'"),
+    ("labelled", LABELLED | {"label": [[]]}, r"this is \[\[\]\]"),
+    ("prompt", {"prompt": "\ud83d"}, r"'prompt' has half a character \(a lone surrogate\)"),
+    ("prompt", {"prompt": [{"from": "human", "value": "a\ud83d"}]}, "half a character"),
     ("pair", PAIR | {"prompt": " "}, "'prompt' is empty"),
     ("prompt", {"prompt": 3}, f"'prompt' {MESSAGES}"),
     ("prompt", {"prompt": [{"role": "user"}]}, MESSAGES),
@@ -192,3 +212,44 @@ BAD = [
 def test_bad_row(kind, row, reason):
     with pytest.raises(BadRow, match=reason):
         convert(row, kind)
+
+
+@pytest.mark.parametrize(
+    "label, expected",
+    [(x, True) for x in (True, 1, 1.0, "1", "true", " TRUE ", "Yes")]
+    + [(x, False) for x in (False, 0, 0.0, "0", "false", "No")],
+)
+def test_labels(label, expected):
+    (made,) = convert(LABELLED | {"label": label}, "labelled")
+    assert made["label"] is expected
+
+
+TURNS = [("system", "Be kind."), ("human", "Why?"), ("gpt", "So.")]
+ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3", "text": "..."}
+RENAMED = [
+    ("", "pair", PAIR, [PAIR]),
+    ("prompt=q,chosen=a b", "pair", {"q": "Why?", "a b": " So.", "rejected": " No."}, [PAIR]),
+    ("chosen=rejected,rejected=chosen", "pair", PAIR, pair("Why?", " No.", " So.")),
+    ("prompt=q", "pair", PAIR | {"q": "Who?"}, [PAIR | {"prompt": "Who?"}]),
+    ("", "demonstration", {"conversations": [{"from": r, "value": x} for r, x in TURNS]},
+     [{"prompt": [user("Be kind.") | {"role": "system"}, *WHY], "completion": says("So.")}]),
+    ("", "demonstration", {"conversations": [*WHY, *says("So.")]},
+     [{"prompt": WHY, "completion": says("So.")}]),
+    ("", "demonstration", ALPACA, [{"prompt": "Add.\n\n1 2", "completion": "3"}]),
+    ("", "demonstration", ALPACA | {"input": ""}, [{"prompt": "Add.", "completion": "3"}]),
+    ("", "prompt", {"instruction": "Add."}, [{"prompt": "Add."}]),
+    ("", "pair", {"instruction": "Add.", "chosen": "3", "rejected": "4"}, pair("Add.", "3", "4")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns, kind, row, expected", RENAMED)
+def test_rename(columns, kind, row, expected):
+    theirs = dict(part.split("=") for part in columns.split(",") if part)
+    assert convert(rename(row, theirs), kind) == expected
+
+
+def test_a_name_that_is_not_there():
+    with pytest.raises(BadRow, match=r"--columns: no column 'q' \(columns: prompt, chosen, rej"):
+        rename(PAIR, {"prompt": "q"})
+    with pytest.raises(BadRow, match="'instruction' and 'input' must be texts"):
+        rename({"instruction": 3}, {})

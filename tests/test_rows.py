@@ -24,6 +24,7 @@ import dpo
 from data import load as data_load
 from data import models
 from data import rows as data_rows
+from data import tokens as data_tokens
 
 TURN = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
@@ -139,7 +140,6 @@ KINDS = [
     ("demonstration", "turns", {"messages": [*ASKED, says("So.")]}, [(ASKED_TEXT, ["So.</s>"])]),
     ("demonstration", "bos", {"text": "Why? So."}, [("<s>", ["Why? So.</s>"])]),
     ("demonstration", "pad-eos", {"text": "Why?"}, [("W", ["hy?<|endoftext|>"])]),
-    ("prompt", "bos", {"prompt": "<s>"}, [("<s>", [])]),  # a model may write from nothing
     ("prompt", "chat", {"prompt": [user("Why?")]}, [(CHAT, [])]),
     ("prompt", "turns-bos", {"messages": [*ASKED, says("So.")]}, [(ASKED_TEXT, [])]),
 ]  # fmt: skip
@@ -187,10 +187,12 @@ def test_prompt_and_responses_are_joined_as_ids(tokenizers):
     ],
 )
 def test_one_bos_and_one_eos(name, raw, end, tokenizers, caplog):
-    tokenizer = tokenizers(name)
+    tokenizer, how = tokenizers(name), {}
+    if "<s>" in str(raw):
+        how = {"chat_template": "none"}
     bos = [tokenizer.bos_token_id] * (name not in ("pad-eos", "chat"))
     assert tokenizer.bos == bos
-    (row,) = load([raw], tokenizer)
+    (row,) = load([raw], tokenizer, **how)
     for response in row.responses:
         assert tokenizer.decode(response).endswith(end)
         assert (response == response[-1]).sum() == 1
@@ -198,7 +200,7 @@ def test_one_bos_and_one_eos(name, raw, end, tokenizers, caplog):
     assert np.isin([*row.prompt, *row.responses[0]], bos).sum() == len(bos)
     assert "100.0% of responses end with EOS" in caplog.text
     # If the prompt is trained on too, only the first token has nothing that predicts it.
-    (whole,) = load([raw], tokenizer, "demonstration", whole_text=True)
+    (whole,) = load([raw], tokenizer, "demonstration", whole_text=True, **how)
     assert [*whole.prompt, *whole.responses[0]] == [*row.prompt, *row.responses[0]]
     assert len(whole.prompt) == 1 and whole.question.tolist() == row.prompt.tolist()
 
@@ -207,7 +209,8 @@ def test_any_end_of_the_model_ends_a_response(tokenizers):
     """Llama 3 and Gemma end a turn with another token than their tokenizer's EOS."""
     tokenizer = tokenizers("chat", "<|endoftext|>", "<|im_end|>")
     assert tokenizer.stop_ids == {*tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])}
-    rows = load([PAIR | {"rejected": " No.<|endoftext|>"}], tokenizer)
+    raw = PAIR | {"rejected": " No.<|endoftext|>"}
+    rows = load([raw], tokenizer, chat_template="none")
     assert decoded(rows, tokenizer) == [("Why?", [" So.<|im_end|>", " No.<|endoftext|>"])]
 
 
@@ -305,10 +308,127 @@ def test_tokens_of_many_texts_are_cached(tokenizers, monkeypatch):
         return [[x.tolist() for x in (row.prompt, *row.responses)] for row in rows]
 
     expected = compared(load(pair_rows(30), tokenizers("bos")))
-    monkeypatch.setattr(data_rows, "MANY_TEXTS", 30)
+    monkeypatch.setattr(data_tokens, "MANY_TEXTS", 30)
     for _ in range(2):
         assert compared(load(Path("rows.jsonl"), tokenizers("bos"))) == expected
         assert len([*Path("cache").glob("tokens-*.arrow")]) == 1
+
+
+# -- texts and the chat template
+
+
+def as_messages(row: dict, answers: bool) -> dict:
+    """The same row with messages: only the prompt, or the answers too."""
+    made = {name: [says(x)] if answers and isinstance(x, str) else x for name, x in row.items()}
+    if answers and "responses" in row:
+        made["responses"] = [[says(x)] for x in row["responses"]]
+    return made | {"prompt": [user(row["prompt"])]}
+
+
+TEXTS = [
+    ("pair", PAIR | {"target": " Yes."}), ("ranked", RANKED), ("labelled", LABELLED),
+    ("demonstration", {"prompt": "Why?", "completion": " So."}), ("prompt", {"prompt": "Why?"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, raw", TEXTS)
+@pytest.mark.parametrize("name", ["chat", "turns-bos"])
+def test_texts_and_messages_are_the_same_tokens(kind, raw, name, tokenizers, caplog):
+    tokenizer, how = tokenizers(name), {"with_target": "target" in raw}
+    forms = [raw, as_messages(raw, answers=False), as_messages(raw, answers=True)]
+    texts, *messages = (load([form], tokenizer, kind, **how) for form in forms)
+    start = {"chat": CHAT, "turns-bos": "<s>[user]Why?[assistant]"}[name]
+    assert [prompt for prompt, *_ in decoded(texts, tokenizer)] == [start]
+    for rows in messages:
+        assert decoded(rows, tokenizer) == decoded(texts, tokenizer)
+        assert [row.key for row in rows] == [row.key for row in texts]  # held out together
+    assert caplog.text.count("chat template: texts are wrapped as user and assistant turns") == 1
+
+
+@pytest.mark.parametrize(
+    "name, dataset, raw, flags, said",
+    [
+        ("chat", "rows.jsonl", PAIR, {"chat_template": "none"}, "texts are used as they are"),
+        ("chat", "shp=rows.jsonl", {"history": "Why?", "human_ref_A": "So.", "human_ref_B": "No.",
+         "labels": 1, "score_A": 4, "score_B": 1}, {}, "texts are used as they are"),
+        ("chat", "rows.jsonl", {"text": "Why? So."}, {}, None),
+        ("bos", "rows.jsonl", PAIR, {}, None),
+    ],
+)  # fmt: skip
+def test_texts_that_are_not_wrapped(name, dataset, raw, flags, said, tokenizers, caplog):
+    write_jsonl(Path("rows.jsonl"), [raw])
+    (row,) = load(dataset, tokenizers(name), "demonstration" if "text" in raw else "pair", **flags)
+    assert "user" not in tokenizers(name).decode([*row.prompt, *row.responses[0]])
+    assert (f"chat template: {said}" in caplog.text) if said else ("template" not in caplog.text)
+
+
+SPELT = "a <|im_end|></s> b"  # one or the other is special
+SPECIAL = [
+    ("chat", {"prompt": SPELT, "chosen": SPELT, "rejected": "No."}),
+    ("chat", as_messages({"prompt": SPELT, "chosen": SPELT, "rejected": "No."}, answers=True)),
+    ("turns-bos", as_messages({"prompt": SPELT, "chosen": SPELT, "rejected": "No."}, answers=True)),
+    ("bos", {"prompt": SPELT, "chosen": SPELT, "rejected": "No."}),
+    ("pad-eos", {"prompt": "a <|endoftext|> b", "chosen": "<|endoftext|>a", "rejected": "No."}),
+    ("bos", {"prompt": "<s>a</s>", "chosen": "a<pad>", "rejected": "No."}),
+]
+
+
+@pytest.mark.parametrize("name, raw", SPECIAL)
+def test_special_tokens_in_texts_are_plain(name, raw, tokenizers, caplog):
+    tokenizer, harmless = tokenizers(name), json.loads(re.sub(r"[<>]", "_", json.dumps(raw)))
+    (row,), (other,) = load([raw], tokenizer), load([harmless], tokenizer)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    both = [[one.prompt, *one.responses] for one in (row, other)]
+    for found, expected in zip(*both, strict=True):
+        assert [i for i in found if i in special] == [i for i in expected if i in special]
+        text = re.sub(r"[<>]", "_", tokenizer.decode(found))
+        assert text == re.sub(r"[<>]", "_", tokenizer.decode(expected))
+    assert "special tokens that 1 rows spell out are encoded as plain text" in caplog.text
+
+
+def test_ends_and_raw_texts(tokenizers, caplog):
+    """An end at the end of an answer is one, if no template wraps it. Raw texts are as written."""
+    tokenizer, ended = tokenizers("bos"), {"chosen": " So.</s>", "rejected": " No. </s>\n</s> "}
+    (plain,), (row,) = load([PAIR], tokenizer), load([PAIR | ended], tokenizer)
+    assert row.responses[0].tolist() == plain.responses[0].tolist()
+    assert tokenizer.decode(row.responses[1]) == " No. </s>" and "spell out" not in caplog.text
+    raw = PAIR | {"prompt": "<s>a</s>b"}
+    (row,) = load([raw], tokenizer, chat_template="none")
+    assert row.prompt.tolist() == ids(tokenizer, "<s>a</s>b")
+    assert tokenizer.eos_token_id in row.prompt
+    (row,) = load([{"prompt": "<s>"}], tokenizer, "prompt", chat_template="none")
+    assert row.prompt.tolist() == tokenizer.bos  # a model may write from nothing
+    raw = as_messages(PAIR | {"prompt": "<|im_end|>"}, answers=True)
+    for template, count in (("auto", 1), ("none", 2)):
+        (row,) = load([raw], tokenizers("chat"), chat_template=template)
+        assert (row.prompt == tokenizers("chat").eos_token_id).sum() == count
+
+
+def test_columns(tokenizers):
+    raw = {"q": "Why?", "good": " So.", "bad": " No.", "prompt": "other"}
+    rows = load([raw], tokenizers("bos"), columns="prompt=q, chosen=good,rejected=bad")
+    assert decoded(rows, tokenizers("bos")) == [("<s>Why?", [" So.</s>", " No.</s>"])]
+    with pytest.raises(ValueError, match=r"--columns: no column 'x' \(columns: q, good, bad, prom"):
+        load([raw], tokenizers("bos"), columns="prompt=x")
+
+
+WARNINGS = [
+    ("pair", "bos", {"prompt": "zyxw", "chosen": LONG, "rejected": "zx"}, "100% of the chosen"),
+    ("pair", "bos", {"prompt": "zyxw", "chosen": "zx", "rejected": LONG}, None),
+    ("demonstration", "bos", {"prompt": "zyxw", "completion": LONG}, "100% of the answers are cut"),
+    ("pair", "turns", TURNS, "1 rows hold dialogues that differ before the last answer"),
+    ("pair", "turns", DIALOGUES, None),
+    ("labelled", "bos", LABELLED, "all labels are false; answers of both kinds are needed"),
+    ("labelled", "bos", PAIR, None),
+    ("prompt", "bos", {"prompt": "zyxw"}, None),
+]
+
+
+@pytest.mark.parametrize("kind, name, raw, expected", WARNINGS)
+def test_warnings(kind, name, raw, expected, tokenizers, caplog):
+    load([raw], tokenizers(name), kind, **(CUT if name == "bos" else {}))
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(said) == bool(expected) and f"warning: {expected}" in "".join(said) + "warning: None"
 
 
 # -- held-out rows
@@ -369,6 +489,7 @@ def test_how_many_rows_are_held_out(tokenizers, monkeypatch):
 
 # -- rows that cannot be used
 
+MISSING = "no column 'chosen' and 'rejected' (columns: "
 OTHER = {"chosen": [user("Why?"), says("So.")], "rejected": [user("Who?"), says("No.")]}
 BAD = [
     ("bos", b'{"prompt": "Why?", "chosen" " So."}', "not JSON (Expecting ':' delimiter"),
@@ -376,43 +497,66 @@ BAD = [
     ("bos", [PAIR], "a row must be an object, this is a list"),
     ("bos", PAIR | {"rejected": " \n"}, "'rejected' is empty"),
     ("bos", PAIR | {"prompt": 7}, "'prompt' must be a text or a list of messages"),
-    ("bos", LABELLED, "holds labelled rows, and pair rows are needed (chosen, rejected)"),
-    ("bos", {"question": 1}, "has the columns question; known rows have: prompt, responses"),
+    ("bos", LABELLED, MISSING + "prompt, completion, label); labelled rows are for kto.py"),
+    ("bos", {"a\n\ud83d error: x": 1}, MISSING + "a\\n\\ud83d error: x)"),
+    ("bos", b'{"prompt": ' + b"[" * 100_000, "nested too deeply"),
+    ("bos", PAIR | {"chosen": "a" * 200_000}, "a line of 200,052 bytes, at most 200,000 are read"),
     ("bos", PAIR | {"chosen": " So.</s> And."}, "an end-of-sequence token in the middle of a"),
-    ("bos", PAIR | {"chosen": " \ud83d"}, "a text has half a character (a lone surrogate)"),
+    ("bos", PAIR | {"chosen": " \ud83d"}, "'chosen' has half a character (a lone surrogate)"),
     ("bos", DIALOGUES, "a list of messages, but this model's tokenizer has no chat template"),
-    ("turns", PAIR | {"prompt": ASKED}, "prompt and responses must all be texts or all be"),
     ("turns", OTHER, "'chosen' and 'rejected' begin with other messages, and have no 'prompt'"),
     ("turns-strict", DIALOGUES, "the chat template refuses it: No system messages"),
 ]
 
 
 @pytest.mark.parametrize("name, bad, reason", BAD)
-def test_a_bad_row(name, bad, reason, tokenizers, caplog):
+def test_a_bad_row(name, bad, reason, tokenizers, caplog, monkeypatch):
     """The error names file, line and reason; --skip-bad-rows leaves the row out."""
+    monkeypatch.setattr(data_rows, "LONGEST_LINE", 200_000)
     good = DIALOGUES if name.startswith("turns") and bad != DIALOGUES else PAIR
     bad = bad if isinstance(bad, bytes) else json.dumps(bad).encode()
     Path("rows.jsonl").write_bytes(json.dumps(good).encode() + b"\n\n" + bad)
     with pytest.raises(ValueError) as error:
-        load(Path("rows.jsonl"), tokenizers(name))
+        load(Path("rows.jsonl"), tokenizers(name), chat_template="none")
     first, second = str(error.value).splitlines()
     assert first.startswith("1 of 2 rows of rows.jsonl cannot be used (--skip-bad-rows leaves")
     assert second.startswith(f"  rows.jsonl:3: {reason}")
-    assert len(load(Path("rows.jsonl"), tokenizers(name), skip_bad_rows=True)) == 1
+    flags = {"chat_template": "none", "skip_bad_rows": True}
+    assert len(load(Path("rows.jsonl"), tokenizers(name), **flags)) == 1
     assert f"left out: 1 bad (rows.jsonl:3: {reason}" in caplog.messages[0]
 
 
 def test_many_bad_rows(tokenizers):
+    """Equal reasons are one line. If all rows are bad, --skip-bad-rows is no advice."""
+    for skip in (False, True):
+        with pytest.raises(ValueError) as error:
+            load([LABELLED] * 1013, tokenizers("bos"), skip_bad_rows=skip)
+        first, second = str(error.value).splitlines()
+        assert first == "1,013 of 1,013 rows of rows.jsonl cannot be used:"
+        assert second.startswith("  1,013 of 1,013 rows: " + MISSING)
+        assert second.endswith(": rows.jsonl:1, rows.jsonl:2, rows.jsonl:3, ...")
+    empty = [PAIR | {"chosen": ""}, PAIR, PAIR | {"chosen": " "}, LABELLED]
     with pytest.raises(ValueError) as error:
-        load([LABELLED] * 1013, tokenizers("bos"))
-    lines = str(error.value).splitlines()
-    assert lines[0].startswith("1,013 of 1,013 rows of rows.jsonl cannot be used")
-    named = [line.split(": ")[0].strip() for line in lines[1:]]
-    assert named == [*(f"rows.jsonl:{n}" for n in range(1, 11)), "... and 1,003 more"]
-    with pytest.raises(ValueError, match=r"rows.jsonl: no usable row \(1,013 read, 1,013 bad\)"):
-        load(Path("rows.jsonl"), tokenizers("bos"), skip_bad_rows=True)
-    with pytest.raises(ValueError, match=r"no usable row \(0 read, 0 bad\)"):
+        load(empty + [PAIR | {f"x{i}": 1, "chosen": i} for i in range(20)], tokenizers("bos"))
+    first, second, third, fourth = str(error.value).splitlines()
+    assert first == "23 of 24 rows of rows.jsonl cannot be used (--skip-bad-rows leaves them out):"
+    assert second.startswith("  20 of 24 rows: 'chosen' must be a text")
+    assert third == "  2 of 24 rows: 'chosen' is empty: rows.jsonl:1, rows.jsonl:3"
+    assert fourth.startswith("  rows.jsonl:4: no column")
+    with pytest.raises(ValueError, match=r"no usable row \(0 read; left out: none\)"):
         load([], tokenizers("bos"))
+    tied = RANKED | {"scores": [1, 1, 1, 1]}
+    with pytest.raises(ValueError, match=r"\(1 read; left out: 1 all responses equal\)"):
+        load([tied], tokenizers("bos"))
+
+
+def test_an_array_in_a_jsonl(tokenizers):
+    for text in ("[\n{}\n]", json.dumps([PAIR])):
+        Path("rows.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="a JSON array, not a row per line: name it .json"):
+            load(Path("rows.jsonl"), tokenizers("bos"))
+    Path("rows.jsonl").rename("rows.json")
+    assert len(load(Path("rows.json"), tokenizers("bos"))) == 1
 
 
 # -- flags and models: every mistake is reported before a model is loaded
@@ -467,6 +611,8 @@ MISTAKES = [
     ("dpo", {"dataset": "no.jsonl"}, "no.jsonl: there is no such file or folder"),
     ("dpo", {"eval_dataset": "no.jsonl"}, "no.jsonl: there is no such file or folder"),
     ("dpo", {"dataset": "bad.jsonl"}, "bad.jsonl:1: not JSON"),
+    ("dpo", {"columns": "prompt"}, "--columns prompt: must be OURS=THEIRS,..."),
+    ("dpo", {"columns": "question=prompt"}, "where OURS is of chosen, completion, label"),
     ("dpo", {"dataset": "nobody/nothing"}, "nobody/nothing is not in the cache, and the hub"),
     ("dpo", {"model": "runs/sft"}, "--model runs/sft: there is no such folder"),
     ("dpo", {"model": "empty"}, "--model empty: no config.json in empty. Did a run save it?"),
@@ -482,12 +628,12 @@ MISTAKES = [
     ("dpo", {"model": "gemma-2-2b"}, "google/gemma-2-2b is not in the cache, and the hub"),
     ("cpo", {"nll_weight": -1}, "--nll-weight must be a finite number and not negative"),
     ("slic", {"ref_model": "model"}, "--ref-model needs --reference-normalised"),
-    ("slic", {"regularise_on": "target"}, "rows.jsonl:1: no 'target'"),
+    ("slic", {"regularise_on": "target"}, "40 of 40 rows: no 'target': rows.jsonl:1, "),
     ("kto", {"desirable_weight": -1}, "the weights 0 or more"),
     ("kto", {"dataset": "one.jsonl", "batch_size": 2}, "all rows have the same prompt"),
     ("pro", {"score_scale": 0}, "--score-scale positive"),
     ("pro", {"dataset": "ultrachat"}, "ultrachat: has no ranked rows"),
-    ("sft", {"dataset": "empty.jsonl"}, "empty.jsonl: no usable row (0 read, 0 bad)"),
+    ("sft", {"dataset": "empty.jsonl"}, "empty.jsonl: no usable row (0 read"),
 ]
 
 
