@@ -1,10 +1,15 @@
 """The end of a run: curves.png and the closing block, made from the files in the run's folder."""
 
 import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from training.record import run_of
+
+HOME = Path(__file__).resolve().parent.parent
 PANELS = (  # what it is, metrics
     ("loss", ("loss",)),
     ("mean score", ("objective/scores",)),
@@ -120,7 +125,7 @@ def closing(
     text += [
         f"files       {folder}: a model that plain Transformers loads,",
         "            curves.png, samples.jsonl, metrics.jsonl, run.json, checkpoint-*",
-        f"next        {next_command(folder, script, model)}",
+        "next        " + f"\n{'':12}".join(next_commands(folder, script, model)),
     ]
     return "\n".join(text) + "\n"
 
@@ -152,9 +157,26 @@ def _measured_lines(m: dict) -> list[str]:
     ]
 
 
-def next_command(folder: Path, script: str, model: str) -> str:
-    if script == "sft":
-        return f"python dpo.py --model {folder}"
+def next_commands(folder: Path, script: str, model: str) -> list[str]:
+    """To paste into the same shell."""
+    scripts = Path() if Path.cwd() == HOME else HOME
+
+    def command(script: str, *words: Any) -> str:
+        return shlex.join(["python", str(scripts / f"{script}.py"), *map(str, words)])
+
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    given = record["from"]  # flags of the command line
     if script == "reward_model":
-        return f"python ppo.py --model {model} --reward {folder}"
-    return f"python {script}.py --help, and {folder / 'curves.png'}"
+        while (before := run_of(model)).get("script") == "reward_model":
+            model = before["model"]  # a reward model writes no answers
+        start = ["--model", model, "--reward", folder]
+        names = "dataset columns chat_template max_length max_prompt_length".split()
+        same = [f"--{x.replace('_', '-')}={record['arguments'][x]}" for x in names if x in given]
+        return [command("evaluate", *start), command("ppo", *start, *same)]
+    local = model == "tiny" or Path(model).expanduser().is_dir()
+    found = [command("chat", "--model", folder, *(["--against", model] if local else []))]
+    found.append(command("evaluate", "--model", folder))
+    if script == "sft":
+        pairs = ["--dataset", "PAIRS.jsonl"] if "dataset" in given else []
+        found.append(command("dpo", "--model", folder, *pairs))
+    return found
