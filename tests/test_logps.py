@@ -57,9 +57,10 @@ def models(checkpoints, tmp_path_factory):
     return get
 
 
-def load(folder, dtype="float64", lengths=None, device=CPU, **flags) -> common.Policy:
+def load(folder, dtype="float64", lengths=None, device=CPU, frozen=False, **flags) -> common.Policy:
     run = SimpleNamespace(rank=0, world=1, in_step=False, device=device, lengths=lengths)
-    return common.load_policy(SimpleNamespace(model=str(folder), dtype=dtype, **flags), run)
+    args = SimpleNamespace(model=str(folder), dtype=dtype, **flags)
+    return common.load_policy(args, run, frozen=frozen)
 
 
 def plain_model(folder, dtype: torch.dtype = torch.float64):
@@ -309,6 +310,16 @@ def test_wrapped_layers_have_the_same_gradients(name, compiled, shared, models, 
         (WEIGHTS * sums).sum().backward()
         found.append(gradients(policy))
     assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_frozen_model_in_bfloat16_gives_the_same_numbers(name, models):
+    """So the KL of a policy that has learned nothing is exactly 0."""
+    policy, reference = (load(models(name), "bfloat16", frozen=frozen) for frozen in (False, True))
+    assert reference.lm.base_model.get_input_embeddings().weight.dtype == torch.float32
+    assert any(p.dtype == torch.bfloat16 for p in reference.parameters())
+    batch = batch_of(policy, random_rows(), False)
+    assert torch.equal(policy(batch), reference(batch))
 
 
 @pytest.mark.parametrize("name", ("llama", "gemma2"))

@@ -142,10 +142,12 @@ def prepare(
 
         lora.add(lm, rank, low, stored, empty)
     elif frozen and not sharded:  # FSDP converts weights as it gathers them
-        for name, p in lm.named_parameters():
-            if p.dim() > 1 and name != "score.weight":  # norms and a head that scores stay exact
+        # Autocast rounds a policy's matrices in the same way. Embeddings, norms and heads stay
+        # exact: a policy that has learned nothing and its reference give equal numbers.
+        for p in layers_of(lm).parameters():
+            if p.dim() > 1:
                 p.data = p.data.to(low)
-    if low != stored and (rank or frozen or sharded):
+    if low != stored and (rank or sharded):
         # Low-precision embeddings would make the hidden states between the layers low too.
         lm.get_input_embeddings().register_forward_hook(lambda _, ids, out: out.to(stored))
     if sharded:
