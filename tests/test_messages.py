@@ -81,14 +81,40 @@ WRONG_VALUES = [
     ("compare.py --model gpt2", "--model and --dataset belong together"),
     ("dpo.py --dataset nosuch.jsonl", "there is no such file"),
     ("dpo.py --dataset empty", "file in this folder"),
+    ("dpo.py --dataset notes.txt", "the name must end with one of .jsonl"),
     ("dpo.py --dataset rows.jsonl --eval-dataset nosuch.csv", "there is no such file"),
 ]
-ROWS = [  # content of a file, its name, words of the message
-    (PAIR, "rows.txt", "the name must end with one of .jsonl"),
-    (PAIR + "{'prompt': 1}\n", "rows.jsonl", "rows.jsonl:2: not JSON"),
-    (PAIR.replace('"b"', '""'), "rows.jsonl", "'chosen' is empty"),
-    (PAIR.replace('"b"', '"c"'), "rows.jsonl", "'chosen' and 'rejected' are the same"),
-    (PAIR.replace("chosen", "good", 1), "rows.jsonl", "prompt, good, rejected"),
+ROWS = [  # command, the content of its rows.jsonl, words of the message
+    ("dpo.py", "", "rows.jsonl: no usable row"),
+    ("dpo.py", '[{"prompt": "a"}]', "a JSON array, not a row per line: name it .json"),
+    ("dpo.py", PAIR + "{'prompt': 1}\n", "rows.jsonl:2: not JSON"),
+    ("dpo.py", "\xff\n", "rows.jsonl:1: not UTF-8"),
+    ("dpo.py", PAIR.replace('"b"', '""'), "'chosen' is empty"),
+    ("dpo.py", PAIR.replace('"b"', '"c"'), "'chosen' and 'rejected' are the same"),
+    ("dpo.py", PAIR.replace('"b"', '["b"]'), "'chosen' must be a text or a list of messages"),
+    ("dpo.py", PAIR.replace('"c"', "null"), "no 'rejected'"),
+    ("dpo.py", PAIR.replace("chosen", "good") * 40, "40 of 40 rows: no column 'chosen' (columns: "),
+    ("dpo.py", PAIR.replace("chosen", "good"), "--columns chosen=NAME renames"),
+    ("dpo.py --columns chosen=good", PAIR, "--columns: no column 'good'"),
+    ("dpo.py --columns chosen", PAIR, "--columns chosen: must be OURS=THEIRS"),
+    ("dpo.py --skip-bad-rows", "{}\n{}\n", "2 of 2 rows"),
+    ("dpo.py", '{"prompt": "a", "completion": "b"}\n', "demonstration rows are for sft.py"),
+    ("dpo.py", '{"prompt": "a", "completion": "b", "label": 1}\n', "labelled rows are for kto.py"),
+    ("dpo.py --batch-size 64", PAIR * 3, "at most 3 (training rows), got 64"),
+    ("kto.py", '{"prompt": "a", "completion": "b"}\n', "no column 'label'"),
+    ("kto.py", '{"prompt": "a", "completion": "b", "label": "so"}\n', "or 1 or 0, yes or no"),
+    ("pro.py", '{"prompt": "a", "responses": ["x", "y"]}\n', "no column 'scores'"),
+    ("pro.py", '{"prompt": "a", "responses": ["x", "y"], "scores": [1]}\n', "but 1 scores"),
+    (
+        "pro.py",
+        '{"prompt": "a", "responses": ["x", "y"], "scores": [1, 1]}\n',
+        "all responses equal",
+    ),
+    (
+        "sft.py",
+        '{"messages": [{"role": "user", "content": "x"}]}\n',
+        "end with an assistant message",
+    ),
 ]
 
 
@@ -111,6 +137,7 @@ def message(command: str, capsys) -> tuple[int, str]:
 @pytest.fixture
 def files():
     Path("rows.jsonl").write_text(PAIR * 3)
+    Path("notes.txt").touch()
     Path("empty").mkdir()
     Path("broken").mkdir()
     Path("broken/config.json").write_text("{")
@@ -130,10 +157,10 @@ def test_a_wrong_value(command, words, capsys, files):
     assert text.startswith("error: ") and text.count("\n") == 1
 
 
-@pytest.mark.parametrize("content, name, words", ROWS)
-def test_wrong_rows(content, name, words, capsys):
-    Path(name).write_text(content)
-    status, text = message(f"dpo.py --dataset {name}", capsys)
+@pytest.mark.parametrize("command, content, words", ROWS)
+def test_wrong_rows(command, content, words, capsys):
+    Path("rows.jsonl").write_text(content, encoding="latin-1")
+    status, text = message(f"{command} --dataset rows.jsonl", capsys)
     assert status == 1 and words in text and text.startswith("error: ")
 
 
