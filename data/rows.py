@@ -148,8 +148,8 @@ def _refusal(dataset: str, bad: dict[str, list[str]], num_bad: int, total: int) 
     advice = " (--skip-bad-rows leaves them out)" if num_bad < total else ""
     lines = [f"{num_bad:,} of {total:,} rows of {dataset} cannot be used{advice}:"]
     for reason, places in sorted(bad.items(), key=lambda entry: -len(entry[1]))[:10]:
-        first = ", ".join(places[:3]) + ", ..." * (len(places) > 3)
-        many = f"{len(places):,} of {total:,} rows: {reason}: {first}"
+        first = ", ".join(places[:3])
+        many = f"{len(places):,} of {total:,} rows: {reason}; first: {first}"
         lines.append(many if len(places) > 1 else f"{first}: {reason}")
     more = [f"... and {len(bad) - 10:,} more reasons"] if len(bad) > 10 else []
     return "\n  ".join(lines + more)
@@ -235,8 +235,8 @@ def _tokenise(
     question = prompt
     if whole_text or not prompt:  # nothing comes before the first token to predict it from
         prompt, responses = (prompt + responses[0])[:1], [(prompt + responses[0])[1:]]
-        if not responses[0]:
-            raise ValueError("a single token, and nothing to predict it from")
+    if not all(responses):
+        raise ValueError("an answer without tokens")
     if len(responses) > 1:
         # Of ranked responses that cutting made equal, the best stays. A pair must differ.
         first = {tuple(response): k for k, response in reversed(list(enumerate(responses)))}
