@@ -146,6 +146,8 @@ def test_a_conversation(templated, talk, asked, monkeypatch):
     assert all(text.count("be brief") == text.count("<s>") == 1 for text in said)
     first = tokenizer.decode([i for i in asked[0][1] if i != tokenizer.eos_token_id])
     assert f"assistant\n{first}<|im_end|>\n<|im_start|>user\ntwo" in said[1]
+    talk("five", "six", "--model", templated)  # prompts of the command line are separate
+    assert "five" not in tokenizer.decode(asked[-1][0])
 
 
 def test_a_base_model_has_no_conversation(checkpoints, talk, asked):
