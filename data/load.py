@@ -17,8 +17,8 @@ from typing import Any
 
 from data.kinds import CONVERTIBLE, BadRow, LeftOut
 from data.published import SOURCES, Fits, Source, problem_of
-from data.rows import holds_list, json_lines
 
+LONGEST_LINE = 2**26  # bytes
 MODELS = {  # short names for --model
     "gemma-2-2b": "google/gemma-2-2b",
     "gemma-2-2b-it": "google/gemma-2-2b-it",
@@ -182,14 +182,36 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """A row per line, or a list of rows."""
+    """A row per line; in a .json perhaps a list of rows."""
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        if not holds_list(file):
-            yield from json_lines(path, file)
-            return
-        for number, row in enumerate(json.load(file), 1):
-            bad = None if isinstance(row, dict) else BadRow("a row must be an object")
-            yield f"{path}:row {number}", bad or row
+        start = file.read(100).removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+        file.seek(0)
+        if not start.lstrip().startswith(b"["):
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", _parse_json(line)
+        elif ".jsonl" in path.suffixes:
+            raise ValueError("a JSON array, not a row per line: name it .json")
+        else:
+            for number, row in enumerate(json.load(file), 1):
+                bad = None if isinstance(row, dict) else BadRow("a row must be an object")
+                yield f"{path}:row {number}", bad or row
+
+
+def _parse_json(line: bytes) -> dict | ValueError:
+    if len(line) > LONGEST_LINE:
+        return ValueError(f"a line of {len(line):,} bytes, at most {LONGEST_LINE:,} are read")
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 ({error.reason} at byte {error.start})")
+    except RecursionError:
+        return ValueError("nested too deeply")
+    except ValueError as error:
+        return ValueError(f"not JSON ({error})")
+    if not isinstance(row, dict):
+        return ValueError(f"a row must be an object, this is a {type(row).__name__}")
+    return row
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:

@@ -4,21 +4,19 @@ Prompt and responses are tokenised separately and joined as ids, so that the pro
 tokens before every response. A sequence has one BOS (if the tokenizer writes one) and one EOS.
 """
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from data import load as sources
 from data.kinds import KINDS, LeftOut, convert, kind_of, rename
 from data.tokens import Writer
 
 TEST_ROWS = 2048  # of a data set's own test split: more take longer than the training
-LONGEST_LINE = 2**26  # bytes
 log = logging.getLogger("plainpref")
 
 
@@ -31,11 +29,9 @@ def load(
     **how: bool,
 ) -> tuple[list, list]:
     """Training and held-out rows."""
-    from data.load import test_split
-
     train = read(args.dataset, "train", kind, tokenizer, args, make_row, from_main, **how)
     # One answer for all processes: it may depend on the network.
-    test = args.eval_dataset or from_main(lambda: test_split(args.dataset, kind))
+    test = args.eval_dataset or from_main(lambda: sources.test_split(args.dataset, kind))
     if test:
         held_out = read(test, "test", kind, tokenizer, args, make_row, from_main, **how)
         held_out, _ = split_rows(held_out, len(held_out) if args.eval_dataset else TEST_ROWS)
@@ -63,15 +59,19 @@ def read(
     with_target: bool = False,  # pairs: the row's `target` is a third response
 ) -> list:
     """Rows of token ids. Rows that cannot be used end the run, or are counted and left out."""
-    from data.load import find_published
-
     theirs = parse_columns(getattr(args, "columns", None))
     # The embedded task holds samples as its model wrote them, special tokens included.
     raw = getattr(args, "chat_template", "auto") == "none" or dataset.split(":")[0] == "family"
-    writer = Writer(tokenizer, raw, wrap=not raw and not find_published(dataset, kind))
+    writer = Writer(tokenizer, raw, wrap=not raw and not sources.find_published(dataset, kind))
     counts, kinds, texts = Counter(), Counter(), []
     bad: dict[str, list[str]] = {}  # reason -> where
-    for where, row in _raw_rows(dataset, split, kind, tokenizer, args):
+    most = args.max_prompt_length - len(tokenizer.bos)
+
+    def fits(prompt: str) -> bool:  # for published data sets that shorten their prompts
+        short = prompt.isascii() and len(prompt) < most  # a token has at least one character
+        return short or len(tokenizer(prompt, add_special_tokens=False).input_ids) <= most
+
+    for where, row in sources.read(dataset, split, kind, fits):
         counts["read"] += 1
         if isinstance(row, LeftOut):
             counts[str(row)] += 1
@@ -153,56 +153,6 @@ def _refusal(dataset: str, bad: dict[str, list[str]], num_bad: int, total: int) 
         lines.append(many if len(places) > 1 else f"{first}: {reason}")
     more = [f"... and {len(bad) - 10:,} more reasons"] if len(bad) > 10 else []
     return "\n  ".join(lines + more)
-
-
-def _raw_rows(
-    dataset: str, split: str, kind: str, tokenizer: Any, args: Any
-) -> Iterator[tuple[str, Any]]:
-    """(file:line, row, or why there is none)."""
-    path = Path(dataset).expanduser()
-    if path.suffix == ".jsonl" and path.is_file():
-        with open(path, "rb") as file:
-            if holds_list(file):
-                raise ValueError(f"{path}: a JSON array, not a row per line: name it .json")
-            yield from json_lines(path, file)
-        return
-    from data import load
-
-    most = args.max_prompt_length - len(tokenizer.bos)
-
-    def fits(prompt: str) -> bool:  # for published data sets that shorten their prompts
-        short = prompt.isascii() and len(prompt) < most  # a token has at least one character
-        return short or len(tokenizer(prompt, add_special_tokens=False).input_ids) <= most
-
-    yield from load.read(dataset, split, kind, fits)
-
-
-def holds_list(file: BinaryIO) -> bool:
-    start = file.read(100).removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-    file.seek(0)
-    return start.lstrip().startswith(b"[")
-
-
-def json_lines(path: Path, file: BinaryIO) -> Iterator[tuple[str, dict | ValueError]]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            yield f"{path}:{number}", _parse_json(line)
-
-
-def _parse_json(line: bytes) -> dict | ValueError:
-    if len(line) > LONGEST_LINE:
-        return ValueError(f"a line of {len(line):,} bytes, at most {LONGEST_LINE:,} are read")
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 ({error.reason} at byte {error.start})")
-    except RecursionError:
-        return ValueError("nested too deeply")
-    except ValueError as error:
-        return ValueError(f"not JSON ({error})")
-    if not isinstance(row, dict):
-        return ValueError(f"a row must be an object, this is a {type(row).__name__}")
-    return row
 
 
 def _tokenise(

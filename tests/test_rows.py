@@ -341,7 +341,8 @@ def test_texts_and_messages_are_the_same_tokens(kind, raw, name, tokenizers, cap
     assert [prompt for prompt, *_ in decoded(texts, tokenizer)] == [start]
     for rows in messages:
         assert decoded(rows, tokenizer) == decoded(texts, tokenizer)
-        assert [row.key for row in rows] == [row.key for row in texts]  # held out together
+    for rows in (*messages, load([raw], tokenizers("bos"), kind, **how)):  # held out together
+        assert [row.key for row in rows] == [row.key for row in texts]
     assert caplog.text.count("chat template: texts are wrapped as user and assistant turns") == 1
 
 
@@ -517,7 +518,7 @@ BAD = [
 @pytest.mark.parametrize("name, bad, reason", BAD)
 def test_a_bad_row(name, bad, reason, tokenizers, caplog, monkeypatch):
     """The error names file, line and reason; --skip-bad-rows leaves the row out."""
-    monkeypatch.setattr(data_rows, "LONGEST_LINE", 200_000)
+    monkeypatch.setattr(data_load, "LONGEST_LINE", 200_000)
     good = DIALOGUES if name.startswith("turns") and bad != DIALOGUES else PAIR
     bad = bad if isinstance(bad, bytes) else json.dumps(bad).encode()
     Path("rows.jsonl").write_bytes(json.dumps(good).encode() + b"\n\n" + bad)
