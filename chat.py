@@ -31,7 +31,7 @@ from data.models import short_name
 from family.task import test_prompts
 from sampling.dialogue import Speaker
 from sampling.generate import text_of
-from sampling.show import printable, show
+from sampling.show import end_of, show
 
 
 @dataclass
@@ -140,7 +140,7 @@ def main(args: Args) -> None:
         common.say("", "type a prompt; /new starts another conversation, /quit or Ctrl-D ends")
         return chat.talk()
     for prompt in prompts:
-        print(f"\n> {printable(str(prompt)[-400:])}")
+        print(f"\n> {end_of(str(prompt))}")
         chat.forget()
         chat.ask(prompt)
 

@@ -38,7 +38,7 @@ from evaluation.estimates import Answers, add_wins, means
 from evaluation.judge import Judge
 from sampling.generate import generate, text_of
 from sampling.rewards import load_reward
-from sampling.show import printable, show
+from sampling.show import end_of, show
 from sampling.stored import prompt_text
 from training.parallel import stop
 from training.record import follow, run_of
@@ -92,7 +92,8 @@ def complete(args: Args) -> None:
         text = ", ".join(f"{flag(name)} {value}" for name, value in taken.items())
         common.say("data", f"as in the run {source}: {text}")
     if args.dataset is None:
-        raise common.UserError("--dataset is needed: a file, a short name or a hub id")
+        where = f"a file, a short name or a hub id ({args.model} is not the folder of a run)"
+        raise common.UserError(f"--dataset is needed: {where}")
     if args.eval_dataset is None and run.get("dataset") == args.dataset:
         args.eval_dataset = run.get("eval_dataset")  # otherwise the run learned from all rows
     if args.baseline is None:
@@ -182,8 +183,8 @@ def main(args: Args) -> dict:
         estimates.compare_answers(table, mode, ours, theirs, tokenizer.stop_ids)
         if temperature == min(args.temperature) and common.MAIN_PROCESS:
             for i, prompt in enumerate(prompts[: args.show]):
-                question = prompt_text(prompt, tokenizer)[-400:]
-                print(f"\nquestion {i + 1}, answers {mode}: {printable(question)}")
+                question = end_of(prompt_text(prompt, tokenizer))
+                print(f"\nquestion {i + 1}, answers {mode}: {question}")
                 sides = [(args.model, ours), (args.baseline, theirs)][: 1 + bool(theirs)]
                 show([(name, x.note(i), text_of(x.ids[i], tokenizer)) for name, x in sides])
         if temperature == 1 and not chooser:  # else these are samples of another distribution

@@ -15,6 +15,11 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
+def end_of(text: str, most: int = 400) -> str:
+    """A long prompt ends with its question."""
+    return printable(text if len(text) <= most else f"... {text[-most:]}")
+
+
 def show(answers: list[tuple[str, str, str]]) -> None:
     """Print (whose it is, facts about it, the answer) of one model or of several."""
     answers = [(title, facts, printable(text).expandtabs(4)) for title, facts, text in answers]
