@@ -7,7 +7,7 @@
 A ranking is a chain of choices: the best answer against all others, then the second against those below it, and so on. Each
 choice is a softmax over mean log-probs per token, s, times differences of scores, T (inverse temperatures). A worse answer y_i is
 pushed down with weight T exp(T s_i), largest at T |s| = 1: a larger T pushes less, and the choice counts as learned sooner. So
-the unit of the scores matters (--score-scale). The last term is SFT on the best answer. There is no reference model.
+the unit of the scores matters: by default the median r_1 - r_n is scaled to 1. The last term: SFT on y_1. No reference model.
 
     paper                    code
     x, y_1 ... y_n           a row: the prompt and its responses, sorted by score, best first; lists may differ in length
@@ -18,8 +18,7 @@ the unit of the scores matters (--score-scale). The last term is SFT on the best
     E                        mean over the lists of a step, on all processes; the sum over k is a sum
 
 Departures
-1. Ties: answers with equal scores are not compared with each other, only with those below. In the authors' code a tied answer
-   has temperature 0: it adds the constant exp(0) to the sum and gets no gradient.
+1. Equal scores are not compared. In the authors' code a tied answer has temperature 0: a constant exp(0) in the sum, no gradient.
 2. L_k is logsumexp(0, T_ki s_i - T_k s_k). The authors' log(1e-10 + ...) of plain exponentials is constant for T s below -23:
    worse answers then get no gradient, and the better one all of T_k, even if they are well ordered.
 3. --no-score-temperatures sets all temperatures to 1, the paper's variant without scores; pairs (scores 1 and 0) have T = 1 too.
@@ -31,7 +30,7 @@ pairs in the right order) rises (`tiny`: 0.58 to 0.63). rewards/chosen and /reje
 long answers `loss` is mostly the SFT term, a sum. If logps/chosen falls far, raise --sft-weight.
 
     python pro.py                                                           # the embedded task, on a laptop
-    torchrun --nproc_per_node=4 pro.py --model runs/sft-model-gemma-2-2b --dataset tldr   # after sft.py --model gemma-2-2b
+    torchrun --nproc_per_node=4 pro.py --model runs/sft-gemma-2-2b --dataset tldr   # after sft.py --model gemma-2-2b
     python pro.py --model runs/sft-... --dataset rows.jsonl                 # {"prompt", "responses", "scores"}
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13 and transformers 5.23.
@@ -42,7 +41,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import common
 
@@ -51,7 +49,7 @@ import common
 class Args(common.Args):  # defaults: the authors'; model, data, hardware and output: common.Args
     sft_weight: float = 0.05  # w: weight of the SFT term
     score_temperatures: bool = True  # score differences are the temperatures; off: all are 1
-    score_scale: float = 1.0  # factor on the scores before they become temperatures
+    score_scale: float | None = None  # factor on the scores; default: 1 / the median gap
     max_length: int = 512  # tokens of prompt and response together
     max_prompt_length: int = 384  # tokens kept of the prompt if the row is too long
     lr: float = 5e-6  # peak learning rate
@@ -62,25 +60,24 @@ class Args(common.Args):  # defaults: the authors'; model, data, hardware and ou
     warmup_ratio: float = 0.0  # share of the steps during which the learning rate rises from 0
 
 
-# What differs from the defaults, by model (or the model that a checkpoint was trained from). The
-# defaults: github.com/AlibabaResearch/DAMO-ConvAI (7 GPUs x 2 lists x 8 steps of accumulation).
+# What differs, by model. The defaults: github.com/AlibabaResearch/DAMO-ConvAI (7 GPUs x 2 lists x 8).
 PRESETS = {
     "tiny": dict(  # tuned here; its scores differ by up to 18: unscaled, the reward did not rise
         sft_weight=0.002, score_scale=0.03, lr=3e-4, batch_size=16, micro_batch_size=16,
         max_steps=300, schedule="linear", warmup_ratio=0.05, max_length=160, max_prompt_length=128,
         dataset="family",
     ),
-    "llama-7b": dict(dataset="hh"),  # the authors'
+    "llama-7b": dict(score_scale=1.0, dataset="hh"),  # the authors'
 }  # fmt: skip
 
 
 def pro_loss(
-    logps: Tensor,  # (B, K) log pi(y_i | x), summed over response tokens
-    lengths: Tensor,  # (B, K) number of response tokens
-    scores: Tensor,  # (B, K) best first; NaN past the end of a shorter list
+    logps: torch.Tensor,  # (B, K) log pi(y_i | x), summed over response tokens
+    lengths: torch.Tensor,  # (B, K) number of response tokens
+    scores: torch.Tensor,  # (B, K) best first; NaN past the end of a shorter list
     sft_weight: float,
     score_temperatures: bool = True,
-) -> tuple[Tensor, dict[str, Tensor | tuple[Tensor, Tensor]]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor]]]:
     """Both terms. Returns one loss per list, and the metrics: values, or (values, weights)."""
     mean_logps = logps / lengths.clamp(min=1)  # (B, K) s_i
     gaps = scores[:, :, None] - scores[:, None, :]  # (B, K, K) r_k - r_i
@@ -100,7 +97,7 @@ def pro_loss(
         "rewards/chosen": mean_logps[:, 0],
         "rewards/rejected": mean_logps.gather(1, last)[:, 0],
         "rewards/margins": margins[:, 0].gather(1, last)[:, 0],
-        "rewards/accuracies": (((margins > 0) & worse).float(), worse.float()),
+        "rewards/accuracies": ((margins.sign() + 1) / 2 * worse, worse.float()),  # ties: half
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps.gather(1, last)[:, 0],
     }
@@ -108,20 +105,23 @@ def pro_loss(
 
 
 def main(args: Args) -> None:
-    if not args.sft_weight >= 0 or not args.score_scale > 0:
+    if not args.sft_weight >= 0 or not (args.score_scale is None or args.score_scale > 0):
         raise common.UserError("--sft-weight must be 0 or more, --score-scale positive")
     run = common.Run(args)
     tokenizer = common.load_tokenizer(args.model, args.max_length)
     train, held_out = common.load_rows(args, tokenizer, kind="ranked")
+    gaps = torch.tensor([row.scores[0] - row.scores[-1] for row in train])  # best to worst
+    score_scale = args.score_scale or 1 / gaps.quantile(0.5).item()
+    common.say("scores", f"times {score_scale:.3g}, for a median gap of {gaps.quantile(0.5):.3g}")
     run.plan(train)
     policy = common.load_policy(args, run)
     optimizer, scheduler = common.make_optimizer(policy, args, run)
     run.restore(policy, optimizer, scheduler)
 
-    def losses_of(batch: common.MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(batch: common.MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logps = common.response_logps(policy, batch)  # (B, K)
         losses, metrics = pro_loss(
-            logps, batch.lengths, args.score_scale * batch.scores, args.sft_weight,
+            logps, batch.lengths, score_scale * batch.scores, args.sft_weight,
             score_temperatures=args.score_temperatures,
         )  # fmt: skip
         metrics |= {"length/chosen": batch.lengths[:, 0]}

@@ -93,12 +93,8 @@ LANGUAGES = {
 }  # fmt: skip
 
 
-def languages(pair: str) -> tuple[str, str]:
-    try:
-        source, target = (LANGUAGES[code] for code in pair.split("-"))
-    except (KeyError, ValueError):
-        raise BadRow(f"{pair!r} is no pair of {', '.join(LANGUAGES)}") from None
-    return source, target
+def languages(pair: str) -> list[str]:
+    return [LANGUAGES[code] for code in pair.split("-")]
 
 
 def alma_ranked(row: dict, fits: Fits) -> list[dict | LeftOut]:

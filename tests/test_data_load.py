@@ -232,7 +232,7 @@ def test_published_rows(name, kind, raw, expected, lost, ending):
         ),
         ("shp", shp(2, (9, 1)), "'labels' must be 0 or 1, this is 2"),
         ("alma-r", alma(alma_en=None), "(TypeError: can only concatenate str"),
-        ("mt-pref", {"source": "a", "lp": "de-xx", **YES}, "'de-xx' is no pair of cs, de, en"),
+        ("mt-pref", {"source": "a", "lp": "de-xx", **YES}, "published (KeyError: 'xx')"),
     ],
 )
 def test_a_row_that_is_not_as_published(name, row, reason):

@@ -671,6 +671,16 @@ def test_a_mistake_does_not_occupy_the_folder(main):
         main("dpo", batch_size=12, micro_batch_size=5)  # lowered to 4
 
 
+@pytest.mark.parametrize("flags, factor", [({}, "0.4"), ({"score_scale": 3}, "3")])
+def test_pro_scales_scores(flags, factor, main, capsys):
+    write_jsonl(Path("rows.jsonl"), [RANKED | {"prompt": f"{i}?"} for i in range(19)])
+    with pytest.raises(ModelLoaded):
+        main("pro", **flags)
+    said = capsys.readouterr().out
+    assert f"times {factor}, for a median gap of 2.5" in said
+    assert "the median gap between best and worst is 2.5" in said
+
+
 @pytest.mark.parametrize("flag", [["--learning-rate", "1"], ["--schedule", "warm"], ["--lr"]])
 def test_a_flag_that_there_is_not(flag, capsys):
     with pytest.raises(SystemExit) as stop:
