@@ -29,9 +29,9 @@ def show(answers: list[tuple[str, str, str]]) -> None:
         for title, facts, text in answers:
             print(f"-- {title}: {facts}\n{text}", flush=True)
         return
-    columns = []
+    columns, wrap = [], textwrap.TextWrapper(width, break_on_hyphens=False).wrap
     for title, facts, text in answers:
         lines = [f"-- {title}", facts, *text.split("\n")]
-        columns.append([part for line in lines for part in textwrap.wrap(line, width) or [""]])
+        columns.append([part for line in lines for part in wrap(line) or [""]])
     for cells in zip_longest(*columns, fillvalue=""):
         print(" | ".join(f"{cell:<{width}}" for cell in cells).rstrip(), flush=True)
