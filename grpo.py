@@ -67,7 +67,7 @@ from typing import Literal
 import torch
 
 import common
-from sampling.rollouts import Online, Rollout, check_args
+from sampling.rollouts import Online, Rollout, check_args, per_response
 
 
 @dataclass
@@ -195,10 +195,14 @@ def main(args: Args) -> None:
     optimizer, scheduler = common.make_optimizer(policy, args, run, args.adam_eps)
     run.restore(policy, optimizer, scheduler)
 
+    used_once = args.batch_epochs * args.minibatches == 1  # then pi_old is pi: ratios are 1
+
     def roll_out(prompts: list, samples: int, step: int) -> Rollout:
         rollout = online.sample(prompts, samples, step)  # 1. Sample
         rollout.scores = online.final_scores(rollout)  # 2. Score
-        rollout.logps, rollout.ref_logps = online.logps(rollout, args.temperature)  # 3. Log-probs
+        rollout.ref_logps = online.reference_logps(rollout, args.temperature)  # 3. Log-probs
+        if step < 0 or not used_once:
+            rollout.logps = online.policy_logps(rollout, args.temperature)
         return rollout
 
     for step in run.steps(train):  # continues from the last checkpoint
@@ -209,17 +213,19 @@ def main(args: Args) -> None:
 
         # 4. Advantages.
         advantages, equal = group_advantages(rollout.scores, args.samples, args.normalise)
-        run.record(rollout.metrics() | {"val/equal_groups": equal.double()})
-        online.watch(rollout, advantage=advantages)
 
         # 5. Update, once or several times.
+        if used_once:
+            rollout.logps = torch.zeros(rollout.mask.shape, dtype=torch.float64)
         lengths, max_tokens = rollout.mask.sum(1), args.max_length - args.max_prompt_length
         for number, micro_batches in enumerate(online.minibatches(rollout, args.batch_epochs)):
             num_responses = sum(map(len, micro_batches))  # over all processes
             num_tokens = sum(int(lengths[indexes].sum()) for indexes in micro_batches)
             for indexes in micro_batches[run.rank :: run.world]:
                 batch = online.collate(rollout.rows, indexes)
-                logps = policy(batch, args.temperature)[:, 0]  # (B, T)
+                logps = per_response(policy(batch, args.temperature), batch)  # (B, T)
+                if used_once:
+                    rollout.logps[indexes, : logps.shape[1]] = logps.detach().double().cpu()
                 mask, old_logps, A = rollout.part(indexes, logps, rollout.logps, advantages)
                 ref_logps = None
                 if online.reference is not None:
@@ -244,6 +250,10 @@ def main(args: Args) -> None:
             else:
                 run.saw_nonfinite = True  # one update of the step is skipped
             optimizer.zero_grad()
+        if used_once:
+            rollout.logps = common.sum_over_processes(rollout.logps)
+        run.record(rollout.metrics() | {"val/equal_groups": equal.double()})
+        online.watch(rollout, advantage=advantages)
         scheduler.step()
         run.end_step(grad_norm)
     online.evaluate(held_out, roll_out, Rollout.metrics)

@@ -229,7 +229,7 @@ def main(args: Args) -> None:
         rollout = online.sample(prompts, samples, step)  # 1. Sample
         rollout.scores = online.final_scores(rollout)  # 2. Score
         rollout.logps, rollout.ref_logps = online.logps(rollout, args.temperature)  # 3. Log-probs
-        rollout.values = online.per_token(rollout, values_of, "values")
+        rollout.values = online.per_token(rollout, value_model, values_of, "values")
         return rollout
 
     def metrics_of(rollout: Rollout) -> dict[str, torch.Tensor]:

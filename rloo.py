@@ -58,7 +58,7 @@ from typing import Literal
 import torch
 
 import common
-from sampling.rollouts import Online, Rollout, check_args
+from sampling.rollouts import Online, Rollout, check_args, per_response
 
 
 @dataclass
@@ -173,7 +173,7 @@ def main(args: Args) -> None:
             num_responses = sum(map(len, micro_batches))  # over all processes
             for indexes in micro_batches[run.rank :: run.world]:
                 batch = online.collate(rollout.rows, indexes)
-                logps = policy(batch, args.temperature)[:, 0]  # (B, T)
+                logps = per_response(policy(batch, args.temperature), batch)  # (B, T)
                 mask, old_logps, A = rollout.part(indexes, logps, rollout.logps, advantages)
                 losses, metrics = rloo_loss(logps, old_logps, A, mask, args.clip_range)
                 (losses.sum() / num_responses).backward()

@@ -146,16 +146,17 @@ def _generate_batch(
 
 def _draw(logits: Tensor, temperature: float, top_k: int, uniforms: Tensor) -> Tensor:
     """Return (R,) tokens: of each row of logits (R, V), the one at its uniform number (R, 1)."""
-    device, logits = logits.device, logits.double()
+    device = logits.device
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     if temperature == 0:
         return logits.argmax(-1)
     if 0 < top_k < logits.shape[-1]:  # tokens that tie with the k-th stay, as in Transformers
         kth = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    probabilities = logits.div_(temperature).softmax(-1)  # in place: (R, V) in float64 is large
+    probabilities = (logits / temperature).softmax(-1)
     # CUDA's cumsum is not bit for bit reproducible, so --deterministic would refuse it.
     exact = torch.are_deterministic_algorithms_enabled()
-    cumulative = probabilities.to("cpu" if exact else device).cumsum_(-1)
+    cumulative = probabilities.to("cpu" if exact else device).cumsum(-1, dtype=torch.float64)
     # The uniform is scaled to the last entry, not to 1: rounding never steps past the end.
     target = uniforms.to(cumulative) * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True)[:, 0].to(device)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -156,19 +157,28 @@ class Online:
 
     def logps(self, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor | None]:
         """(N, T) log-probs of every token by the policy and by the reference, if there is one."""
+        return self.policy_logps(rollout, temperature), self.reference_logps(rollout, temperature)
 
-        def reference_logps(batch: common.MicroBatch) -> Tensor:
-            with self._as_reference():
-                return self.reference(batch, temperature)
+    def policy_logps(self, rollout: Rollout, temperature: float) -> Tensor:
+        forward = partial(self.policy, temperature=temperature)
+        return self.per_token(rollout, self.policy, forward)
 
-        logps = self.per_token(rollout, lambda batch: self.policy(batch, temperature))
+    def reference_logps(self, rollout: Rollout, temperature: float) -> Tensor | None:
         if self.reference is None:
-            return logps, None
-        return logps, self.per_token(rollout, reference_logps, "reference")
+            return None
+        forward = partial(self.reference, temperature=temperature)
+        with self._as_reference():
+            return self.per_token(rollout, self.reference, forward, "reference")
 
     @torch.no_grad()
-    def per_token(self, rollout: Rollout, forward: Callable, label: str = "log-probs") -> Tensor:
-        """(N, T) in float64, which holds float32 exactly, from what `forward` returns, (B, 1, T).
+    def per_token(
+        self,
+        rollout: Rollout,
+        model: common.Policy,
+        forward: Callable[[common.MicroBatch], Tensor],  # returns (B, K, T)
+        label: str = "log-probs",
+    ) -> Tensor:
+        """(N, T) in float64, which holds float32 exactly.
 
         Micro-batches are those of the first epoch, so that the first update computes the very same
         numbers: its ratios are exactly 1 in float32.
@@ -176,26 +186,46 @@ class Online:
         found = torch.zeros(rollout.mask.shape, dtype=torch.float64)
         micro_batches = [one for several in self.minibatches(rollout) for one in several]
         for indexes, mine in self.run.share(micro_batches, label):
-            values = forward(common.collate(rollout.rows, indexes, self.run.device))[:, 0]  # (B, T)
+            batch = self.collate(rollout.rows, indexes, model)
+            values = per_response(forward(batch), batch)  # (N, T)
             if mine:
                 found[indexes, : values.shape[1]] = values.double().cpu()
         return common.sum_over_processes(found)
 
     def minibatches(self, rollout: Rollout, epochs: int = 1) -> list[list[list[int]]]:
-        """The micro-batches of each minibatch, over all processes; in a new order each epoch."""
-        args, lengths, found = self.args, [row.length() for row in rollout.rows], []
+        """The micro-batches of each minibatch, over all processes; in a new order each epoch.
+        Responses to one prompt are next to each other, prompts with long responses come first.
+        """
+        args, found, prompts, longest = self.args, [], {}, {}
+        for row in rollout.rows:
+            prompts.setdefault(id(row.prompt), len(prompts))
+            longest[id(row.prompt)] = max(longest.get(id(row.prompt), 0), row.length())
+        names = [id(row.prompt) for row in rollout.rows]
+        order = sorted(range(len(names)), key=lambda i: (-longest[names[i]], prompts[names[i]], i))
+        place = {i: at for at, i in enumerate(order)}
         for epoch in range(epochs):
             random = np.random.default_rng([args.seed, self.run.step, epoch])
             # No rest in training (run.plan checks it); held-out prompts may have one.
-            for part in np.array_split(random.permutation(len(lengths)), args.minibatches):
-                parts = common.micro_batches(lengths, part.tolist(), args.micro_batch_size)
+            for part in np.array_split(random.permutation(len(names)), args.minibatches):
+                ordered, size = sorted(part.tolist(), key=place.get), args.micro_batch_size
+                parts = [ordered[at : at + size] for at in range(0, len(ordered), size)]
                 found.append(snake_order(parts, self.run.world))
         return found
 
-    def collate(self, rows: list[common.Row], indexes: list[int]) -> common.MicroBatch:
-        """A micro-batch to learn from; its tokens count for tokens_per_second."""
-        self.run.tokens += sum(rows[i].tokens() for i in indexes)
-        return common.collate(rows, indexes, self.run.device)
+    def collate(
+        self, rows: list[common.Row], indexes: list[int], model: common.Policy | None = None
+    ) -> common.MicroBatch:
+        """A micro-batch in which responses to one prompt share a copy of it, where that is cheaper.
+        Without a `model` it is to learn from, and its tokens count for tokens_per_second.
+        """
+        groups: list[common.Row] = []
+        for row in (rows[i] for i in indexes):
+            if not groups or groups[-1].prompt is not row.prompt:
+                groups.append(common.Row(row.prompt, [], row.question))
+            groups[-1].responses.append(row.responses[0])
+        if model is None:
+            self.run.tokens += sum(row.tokens() for row in groups)
+        return common.collate_for(model or self.policy, groups, list(range(len(groups))))
 
     def check_ratios(self, logps: Tensor, old_logps: Tensor, mask: Tensor) -> None:
         """Warn if ratios (B, T) of the first minibatch are not 1. Only the main process prints."""
@@ -239,6 +269,11 @@ class Online:
             evaluation.log_held_out(run, metrics)
         evaluation.greedy_samples(run, held_out, self.tokenizer)
         run.clock = time.perf_counter()  # the time of a step is without its evaluation
+
+
+def per_response(values: Tensor, batch: common.MicroBatch) -> Tensor:
+    """(N, ...) from (B, K, ...): the responses of a micro-batch in the order of its indexes."""
+    return values.flatten(0, 1)[batch.lengths.flatten() > 0]
 
 
 def nothing_to_learn(rollout: Rollout, args: common.Args) -> dict[str, str]:

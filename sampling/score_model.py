@@ -21,7 +21,6 @@ from data.models import from_hub, resolve_model, short_name
 from data.rows import cut_prompt
 from family import measure
 from sampling.generate import generate, text_of
-from training.fsdp import copy_into
 
 SCORED_AT_ONCE = 32  # responses in a micro-batch without gradients
 FAMILY_PROMPTS = 1024  # unseen questions of the embedded task
@@ -90,6 +89,8 @@ def labels_of(model: str, named: str = "--model") -> int:
 @torch.no_grad()
 def fresh_head(model: ScoreModel, std: float, seed: int) -> None:
     """Fill the head with random numbers that depend on the seed only, equal on every process."""
+    from training.fsdp import copy_into
+
     weight, generator = model.lm.score.weight, torch.Generator().manual_seed(seed)
     values = std * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
     copy_into(weight, values)

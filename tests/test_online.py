@@ -11,7 +11,7 @@ import numpy as np
 import online
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, all_float64, run_script
 from online import METHODS, json_lines, letters, moved_copy, steps_of, train
 from safetensors.torch import load_file, save_file
 
@@ -263,7 +263,9 @@ def test_raft_learns_the_best(run, start_of, seen, monkeypatch):
 
     monkeypatch.setattr(METHODS["raft"], "show_stage", watch)
     monkeypatch.setattr(
-        Online, "collate", lambda *args: learned.append(collate(*args)) or learned[-1]
+        Online,
+        "collate",
+        lambda *args: (learned if len(args) == 3 else []).append(made := collate(*args)) or made,
     )
     for flags in ({"max_length": 42, "max_steps": 1}, {"kl_coef": 1.0, "lr": 1e-2, "max_steps": 2}):
         learned.clear()
@@ -356,8 +358,9 @@ def assert_same_steps(one: str | Path, other: str | Path) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_same_steps_with_other_micro_batches(run, start_of, case):
     method, flags = case.split(",")[0], flags_of(case)
-    for size in (flags["micro_batch_size"], 1):
-        assert run(method, f"of-{size}", **flags | {"micro_batch_size": size}) == 0
+    for size in (flags["micro_batch_size"], 1):  # one response: no prompt is shared
+        with all_float64():
+            assert run(method, f"of-{size}", **flags | {"micro_batch_size": size}) == 0
     big = f"of-{flags['micro_batch_size']}"
     assert_same_steps(big, "of-1")
     assert farthest(start_of("llama") / "model.safetensors", Path(big) / "model.safetensors") > 0.01
@@ -368,9 +371,12 @@ def test_same_steps_with_other_micro_batches(run, start_of, case):
 
 SEVERAL = """
 import json, sys
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 from importlib import import_module
 from training import evaluation, parallel, report
+from conftest import all_float64
+exact = all_float64()
+exact.__enter__()
 parallel.stop = report.curves = evaluation.greedy_samples = lambda *_: None  # one process group
 for method, values in json.load(open(sys.argv[1])):
     module = import_module(method)
@@ -399,7 +405,8 @@ def test_same_steps_with_several_processes(run, made, start_of, reward_model, tm
     )
     assert status == 0, err
     for case, flags in cases.items():
-        assert run(case.split(",")[0], f"one {case}", **flags | {"fsdp": False}) == 0
+        with all_float64():
+            assert run(case.split(",")[0], f"one {case}", **flags | {"fsdp": False}) == 0
         assert_same_steps(f"one {case}", f"two {case}")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from data.models import parts_of_soup, resolve_model
 from training.model import state_tensors
 from training.parallel import from_main
-from training.run_folder import rows_digest
+from training.run_folder import package_version, rows_digest
 
 log = logging.getLogger("plainpref")
 HOME = Path(__file__).resolve().parent.parent
@@ -68,7 +67,7 @@ def cached(
     options = [args.dtype, args.attn, args.share_prompt, args.fused_logps, args.fsdp, args.compile]
     facts = {"reference": reference.digest, "rows": rows_digest(rows), "parts": parts}
     facts |= {"options": options, "lora": args.lora_rank, "world": run.world}
-    facts |= {"device": run.device.type, "transformers": transformers.__version__}
+    facts |= {"device": run.device.type, "transformers": package_version("transformers")}
     facts = facts | {"torch": torch.__version__, "threads": torch.get_num_threads()}
     for source in (HOME / "common.py", HOME / "kernels" / "token_logps.py"):
         facts[source.name] = hashlib.sha256(source.read_bytes()).hexdigest()
