@@ -125,6 +125,8 @@ KINDS = [
      [(ASKED_TEXT[:-11], ["[assistant]So.</s>", "[assistant]Some.</s>"])]),
     ("pair", "chat", {"prompt": "Why?", "chosen": [says("at")], "rejected": [says("ar")]},
      [(CHAT, ["at<|im_end|>", "ar<|im_end|>"])]),
+    ("demonstration", "chat", {"prompt": "Why?", "completion": [says("at")]},
+     [(CHAT, ["at<|im_end|>"])]),
     ("pair", "bos", RANKED, [("<s>Why?", [" a</s>", " d</s>"])]),
     # With a target, which may be one of the other responses, or a whole dialogue.
     ("pair", "bos", PAIR | {"target": " So."}, [("<s>Why?", [" So.</s>", " No.</s>", " So.</s>"])]),
