@@ -233,10 +233,10 @@ class MicroBatch:
     segments: Tensor | None  # (B, L) with a shared prompt: 0 in the prompt, k in y_k
     positions: Tensor | None  # (B, L) with a shared prompt
     target_positions: Tensor  # (N,) positions in the flattened input_ids that predict a target
+    ends: Tensor  # (B, K) position in the flattened input_ids of a response's last token
     targets: Tensor  # (N,) the response tokens
     output_index: Tensor  # (N,) where each target's value belongs in the flattened (B, K, T)
     lengths: Tensor  # (B, K) response tokens, EOS included; 0: the row has fewer responses
-    ends: Tensor  # (B, K) position in the flattened input_ids of a response's last token
     scores: Tensor  # (B, K) float64; NaN: no such response, or rows without scores
     ref_logps: Tensor  # (B, K) float64; NaN where not computed
     shape: tuple[int, int, int]  # B, K, T: T is the longest response
@@ -266,19 +266,21 @@ def collate(rows: list[Row], indexes: list[int], device: torch.device, shared_fo
             if values is not None:
                 into[b, : len(values)] = values
     shared = shared_for and optional_module("kernels.shared_prompt")
-    layout = shared.layout(chosen, K, shared_for) if shared else plain_layout(chosen, K)
-    ids, segments, positions, target_positions, ends = layout
-    targets = np.concatenate([response for row in chosen for response in row.responses])
+    width = max(row.tokens() if shared else row.length() for row in chosen)
+    width += -width % 64 if device.type == "cuda" else 0  # few widths: kernels are set up for each
+    layout = partial(shared.layout, config=shared_for) if shared else plain_layout
+    targets = np.concatenate(sum((row.responses for row in chosen), [])).astype(np.int64)
     output_index = np.flatnonzero(np.arange(T) < lengths[..., None])
-    arrays = (ids, segments, positions, target_positions, targets.astype(np.int64), output_index)
-    arrays += (lengths, ends, scores, ref_logps)
+    arrays = *layout(chosen, K, width), targets, output_index, lengths, scores, ref_logps
     tensors = (None if x is None else torch.from_numpy(x).to(device) for x in arrays)
+    if device.type == "cuda" and (transfer := optional_module("training.transfer")):
+        tensors = transfer.to_device(arrays, device)
     return MicroBatch(*tensors, (B, K, T), indexes)
 
 
-def plain_layout(rows: list[Row], K: int) -> tuple:
+def plain_layout(rows: list[Row], K: int, width: int) -> tuple:
     """One sequence per response. Attention is causal, so it never sees the padding on the right."""
-    ids = np.zeros((len(rows) * K, width := max(row.length() for row in rows)), np.int64)
+    ids = np.zeros((len(rows) * K, width), np.int64)
     target_positions, ends = [], np.zeros((len(rows), K), np.int64)
     for b, row in enumerate(rows):
         for k, response in enumerate(row.responses):
@@ -295,8 +297,7 @@ def collate_for(policy: Policy, rows: list[Row], indexes: list[int], mean_length
     shared = policy.share_prompt and optional_module("kernels.shared_prompt")
     share = shared and shared.sharing_pays([rows[i] for i in indexes], policy.config)
     batch = collate(rows, indexes, policy.lm.device, policy.config if share else None)
-    batch.mean_length = mean_length
-    return batch
+    return dataclasses.replace(batch, mean_length=mean_length)
 
 
 def micro_batches(lengths: list[int], indexes: Iterable[int], size: int) -> list[list[int]]:
@@ -386,7 +387,7 @@ def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
     trained = [p for p in module.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in trained])
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # with --fsdp
-    if max_norm and norm.isfinite():
+    if max_norm:  # whatever the norm is: the method skips an update that is not finite
         nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
     return norm
 
@@ -470,9 +471,8 @@ class Run(Processes):
         """Values to average over the step; (values, weights) for a weighted mean."""
         for name, value in metrics.items():
             values, weights = value if isinstance(value, tuple) else (value, torch.ones_like(value))
-            entry = self.sums.setdefault(name, [0.0, 0.0])
-            entry[0] += values.detach().double().sum()
-            entry[1] += weights.detach().double().sum()
+            for i, x in enumerate((values, weights)):  # they stay on the device until the log line
+                self.sums.setdefault(name, [0.0, 0.0])[i] += x.detach().double().sum()
 
     def reduce_metrics(self, *more: float) -> tuple[dict[str, float], list[float]]:
         """Means over all processes, and the sums of `more` over them, in one exchange."""

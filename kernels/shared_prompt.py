@@ -27,9 +27,8 @@ def sharing_pays(rows: list, config) -> bool:
     return sequences > 1 and shared_tokens * shared_cost <= sequences * plain_tokens * plain_cost
 
 
-def layout(rows: list, K: int, config) -> tuple:
+def layout(rows: list, K: int, width: int, config) -> tuple:
     """input_ids, segments, positions, target_positions and ends of common.MicroBatch."""
-    width = max(row.tokens() for row in rows)
     if config._attn_implementation == "flex_attention":
         width += -width % FLEX_BLOCK
     ids, segments, positions = np.zeros((3, len(rows), width), np.int64)
@@ -85,7 +84,7 @@ def _mask(
     """A query sees earlier keys of the prompt and its own response, `window` positions back."""
     batch, length = segments.shape
     # A tensor even without a window, so that flex_attention compiles once for both kinds of layers.
-    limit = torch.tensor(window or length, device=segments.device)
+    limit = torch.full((), window or length, device=segments.device)  # filled without a host sync
 
     def sees(b: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         key_segment = segments[b, k]
