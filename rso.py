@@ -13,7 +13,8 @@ answers; sigmoid-norm is DPO on such pairs. beta is how far the reward is truste
 infinity any. In the derivation gamma is the same temperature; the paper tunes the two separately.
 
     paper                    here
-    x                        a row: a prompt; its answers are sampled (sampled.jsonl) and become pairs (accepted.jsonl)
+    x                        a row: a prompt; its answers are sampled (sampled.jsonl) and become pairs (accepted.jsonl;
+                             of a chat model, read them with --chat-template none)
     pi_sft                   the policy before its first step, whose log-probs are ref_chosen_logps and ref_rejected_logps; with
                              --ref-model these are another model's, but samples still come from the policy
     r(x, y)                  scores: what --reward gives the whole answer (sampling/rewards.py explains a@b, two language models)

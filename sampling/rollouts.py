@@ -260,6 +260,7 @@ class Online:
     def evaluate(self, held_out: list, roll_out: Callable, metrics_of: Callable) -> None:
         """Sample a response to some held-out prompts and log metrics_of(roll_out(...))."""
         run = self.run
+        run.num_held_out = min(len(held_out), EVALUATED)
         if held_out and run.due(self.args.eval_every):
             prompts = [row.prompt for row in held_out[:EVALUATED]]
             rollout = roll_out(prompts, samples=1, step=-1)

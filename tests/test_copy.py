@@ -1,6 +1,5 @@
 """Take one file with you: a method file, common.py, a .jsonl and a model are enough to train."""
 
-import inspect
 import json
 import math
 import shutil
@@ -8,13 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-import torch.nn.functional as F
 from conftest import ROOT, pair_rows, run_script, start_script, write_jsonl
-from torch import Tensor
-
-import dpo
-import sft
 
 FLAGS = """
 --model model --dataset rows.jsonl --max-length 64 --max-prompt-length 40 --lr 3e-4
@@ -101,12 +94,3 @@ def test_what_was_not_copied_is_said_to_be_missing(kit):
     words = [*FLAGS, "--lora-rank", "4", "--max-steps", "1"]
     status, _, err = run_script("dpo.py", *words, cwd=folder)
     assert status != 0 and "needs the folder training/" in err
-
-
-def test_losses_can_be_pasted():
-    """Into a notebook that has only torch."""
-    space = {"F": F, "Tensor": Tensor}
-    exec(inspect.getsource(dpo.dpo_loss), space)
-    losses, _ = space["dpo_loss"](*torch.zeros(4, 3), beta=0.1)
-    assert losses.tolist() == pytest.approx([math.log(2)] * 3)
-    exec(inspect.getsource(sft.sft_loss), space)

@@ -231,4 +231,4 @@ def test_kto_starts_at_exactly_zero(checkpoints, fresh_process, tmp_path):
     kto.main(args)
     held_out, step, _ = map(json.loads, Path("out/metrics.jsonl").read_text().splitlines())
     for metrics in ({name.removeprefix("eval/"): x for name, x in held_out.items()}, step):
-        assert (metrics["loss"], metrics["kl"], metrics["rewards/accuracies"]) == (0.5, 0.0, 0.0)
+        assert (metrics["loss"], metrics["kl"], metrics["rewards/accuracies"]) == (0.5, 0.0, 0.5)

@@ -266,7 +266,8 @@ def test_a_run_leaves_samples_and_pairs(run, checkpoints, model):
     held_out = json_lines("out/sampled-held-out.jsonl")
     assert held_out and not {tuple(row["prompt_ids"]) for row in held_out} & sampled.keys()
     # The pairs are rows for the other methods.
-    args = common.Args(dataset="out/accepted.jsonl", max_length=72, skip_bad_rows=True)
+    how = {"max_length": 72, "skip_bad_rows": True, "chat_template": "none"}
+    args = common.Args(dataset="out/accepted.jsonl", **how)
     train, more = common.load_rows(args, common.load_tokenizer(str(checkpoints(model))), "pair")
     assert len(train) + len(more) > len(pairs) / 2
 
@@ -318,11 +319,11 @@ WRONG = {"gamma": 0.0, "temperature": 0.0, "accepted": 1, "samples": 3, "reward"
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_cannot_work_is_said(run, monkeypatch, name):
-    """Before the model is loaded; but only the samples tell if there are too few pairs."""
+    """Before the model is loaded; but only the samples tell if there are no pairs."""
     with monkeypatch.context() as patch, pytest.raises(common.UserError, match=f"--{name}"):
         patch.setattr(common, "load_policy", None)
         run("out", **{name: WRONG[name]})
-    with pytest.raises(common.UserError, match="--batch-size"):
+    with pytest.raises(common.UserError, match="has a higher score than another"):
         run("out", reward="lengths.py:constant")
 
 

@@ -21,6 +21,7 @@ def evaluate(
     run: Any, losses_of: Callable, held_out: list, tokenizer: Any, collate_for: Callable
 ) -> None:
     """The method's own loss and metrics on held-out rows, and greedy samples, if they are due."""
+    run.num_held_out = len(held_out)
     if held_out and run.due(run.args.eval_every):
         training, run.sums = run.sums, {}
         mean = float(np.mean([len(row.responses[0]) for row in held_out]))

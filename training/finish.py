@@ -36,13 +36,13 @@ def finish(
 
         measured = measure_family(run, policy, tokenizer, start, log_probs)
     if run.rank == 0:
-        report.curves(run.folder, run.folder.name)
+        rows = getattr(run, "num_held_out", 0)
+        report.curves(run.folder, run.folder.name, rows)
         if measured:
             (run.folder / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
         args = run.args
-        text = report.closing(
-            run.folder, run.script.stem, args.model, run.step, args.seed, measured
-        )
+        script = run.script.stem
+        text = report.closing(run.folder, script, args.model, run.step, args.seed, measured, rows)
         run.print(f"\n{text}".rstrip())
         (run.folder / "summary.txt").write_text(text)
     if run.tracker:
