@@ -69,8 +69,8 @@ def shard(policy: nn.Module, layers: nn.ModuleList, device: torch.device) -> Non
     for name, tensor in [*policy.named_parameters(), *policy.named_buffers()]:
         source = tensors.pop(name, None)
         if source is None:
-            source = torch.empty(tensor.shape, dtype=tensor.dtype)
-        source = source.cpu().contiguous()
+            source = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        source = source.to(device).contiguous()  # NCCL sends it from GPU to GPU
         for piece in source.view(-1).view(torch.uint8).split(2**28):  # gloo: at most 2 GiB
             dist.broadcast(piece, 0)
         copy_into(tensor, source)

@@ -67,6 +67,9 @@ class Processes:
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
+            # cuDNN attention, PyTorch's first choice on H100 and B200, makes a plan for each shape,
+            # which takes about a second. The next choice, flash attention, does not.
+            torch.backends.cuda.enable_cudnn_sdp(False)
             if torch.cuda.is_bf16_supported(including_emulation=False):
                 self.default_dtype = "bfloat16"
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
