@@ -8,6 +8,7 @@ import torch
 
 import common
 import dpo
+from training import transfer
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -68,6 +69,40 @@ def test_rows_with_different_numbers_of_responses():
         torch.testing.assert_close(batch.scores, expected, equal_nan=True)
         torch.testing.assert_close(batch.ref_logps, -expected, equal_nan=True)
         assert common.collate(rows, [1, 2], CPU, config).scores[1].tolist() == [1e300, 0.0]
+
+
+# -- on a GPU (tests/test_pretend_cuda.py counts copies)
+
+
+def test_one_buffer_holds_all_arrays(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x.clone())
+    arrays = (np.arange(3), None, np.array([[0.5, np.nan]]), np.arange(6).reshape(2, 3))
+    first, none, *rest = transfer.to_device(arrays, CPU)
+    assert len(pinned) == 1 and none is None and first.tolist() == [0, 1, 2]
+    for found, expected in zip(rest, arrays[2:], strict=True):
+        torch.testing.assert_close(found, torch.from_numpy(expected), equal_nan=True)
+    assert [x.data_ptr() - first.data_ptr() for x in rest] == [32, 48]  # multiples of 16 bytes
+
+
+@pytest.mark.parametrize("config", (None, CONFIG))
+def test_few_widths_on_a_gpu(config, monkeypatch):
+    """At most 40 in 100 steps, because kernels are set up for each. Only padding is added."""
+    to_tensors = lambda arrays, _: [x if x is None else torch.from_numpy(x) for x in arrays]  # noqa: E731
+    monkeypatch.setattr(transfer, "to_device", to_tensors)
+    rng, widths, exact = np.random.default_rng(2), set(), set()
+    for _ in range(100):
+        lengths = rng.integers(1, 342, (4, 3))  # of a prompt and two responses: up to 1,023
+        rows = made(*([[i + 1] * n for i, n in enumerate(row)] for row in lengths))
+        on_cpu = common.collate(rows, [0, 1, 2, 3], CPU, config)
+        on_gpu = common.collate(rows, [0, 1, 2, 3], torch.device("cuda"), config)
+        exact.add(width := on_cpu.input_ids.shape[1])
+        widths.add(on_gpu.input_ids.shape[1])
+        assert torch.equal(on_gpu.input_ids[:, :width], on_cpu.input_ids)
+        assert not on_gpu.input_ids[:, width:].any() and torch.equal(on_gpu.targets, on_cpu.targets)
+        before = on_gpu.input_ids.flatten()[on_gpu.target_positions]
+        assert torch.equal(before, on_cpu.input_ids.flatten()[on_cpu.target_positions])
+    assert len(widths) <= 40 < len(exact)
 
 
 # -- which rows, when
