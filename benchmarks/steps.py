@@ -49,6 +49,10 @@ MODELS = {
         model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, vocab_size=500,
     ),
+    "llama-135m": dict(  # the shape of SmolLM2-135M
+        model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, vocab_size=49_152, tie_word_embeddings=True,
+    ),
     "gemma-2-2b": dict(
         model_type="gemma2", hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
         num_attention_heads=8, num_key_value_heads=4, head_dim=256, vocab_size=256_000,

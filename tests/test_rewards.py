@@ -149,11 +149,11 @@ def test_a_language_model_gets_a_head_that_depends_on_the_seed_alone(checkpoints
 
 @torch.no_grad()
 def test_a_frozen_model(reward_models, run):
-    """Matrices in 16 bits, the rest as it was: its scores are close to exact ones."""
+    """Matrices of layers in 16 bits, the rest as it was: its scores are close to exact ones."""
     batch = collated(random_rows(ROWS))
     exact, low = (load(reward_models("gpt2"), run, x, frozen=True) for x in ("float32", "bfloat16"))
     for name, p in low.lm.named_parameters():
-        wide = p.dim() == 1 or name == "score.weight"
+        wide = p.dim() == 1 or ".h." not in name  # norms, embeddings and the head
         assert p.dtype == (torch.float32 if wide else torch.bfloat16), name
     errors = (low(batch) - exact(batch))[batch.lengths > 0]
     assert errors.dtype == torch.float32 and 1e-4 < errors.std() < 5e-2

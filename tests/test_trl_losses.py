@@ -109,7 +109,8 @@ def test_pairwise(ratio, beta, weight, scale):
     close(torch.autograd.grad(losses.mean(), logits)[0], slope)
     assert slope.abs().max() > 1e-3
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"):
-        assert metrics[name].mean().item() == pytest.approx(logged[name], rel=1e-12), name
+        digits = 1e-6 if name == "rewards/accuracies" else 1e-12  # TRL's is in fp32
+        assert metrics[name].mean().item() == pytest.approx(logged[name], rel=digits), name
     if weight:  # without, TRL logs 0
         assert metrics["nll_loss"].mean().item() == pytest.approx(logged["nll_loss"], rel=1e-12)
 
@@ -151,7 +152,8 @@ def test_orpo(weight, scale):
     assert logged["log_odds_chosen"] == pytest.approx(
         metrics["rewards/margins"].mean().item(), rel=1e-5
     )
-    assert logged["rewards/accuracies"] == metrics["rewards/accuracies"].mean().item()
+    right = metrics["rewards/accuracies"].mean().item()
+    assert logged["rewards/accuracies"] == pytest.approx(right, rel=1e-6)  # TRL's is in fp32
 
 
 # TRL's name -> our loss of the same log-probs
