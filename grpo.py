@@ -78,6 +78,7 @@ class Args(common.Args):
     normalise: Literal["grpo", "dapo", "dr-grpo"] = "grpo"  # see the docstring
     kl_coef: float = 0.04  # beta, weight of the KL in the loss; 0: no reference is loaded
     temperature: float = 1.0  # of sampling, and of all log-probs
+    sample_batch_size: int | None = None  # answers sampled at once; default: what memory allows
     missing_eos: Literal["replace", "subtract", "keep"] = "replace"  # score of an unended response
     missing_eos_value: float = 1.0  # replace: it scores minus this; subtract: its own less this
     batch_epochs: int = 1  # passes over the responses of a step

@@ -81,6 +81,7 @@ class Args(common.Args):
     kl_horizon: int = 10_000  # responses in which it adapts
     kl_estimator: Literal["k1", "k3"] = "k1"  # of a token's KL in the reward
     temperature: float = 0.7  # of sampling, and of all log-probs
+    sample_batch_size: int | None = None  # answers sampled at once; default: what memory allows
     missing_eos: Literal["replace", "subtract", "keep"] = "replace"  # score of an unended response
     missing_eos_value: float = 1.0  # replace: it scores minus this; subtract: its own less this
     ppo_epochs: int = 4  # passes over the responses of a step
@@ -261,9 +262,8 @@ def main(args: Args) -> None:
         online.watch(rollout)
         if args.kl_target:
             kl = float(metrics["objective/kl"].mean())
-            run.state["kl_coef"] = next_kl_coef(
-                kl_coef, kl, args.kl_target, args.kl_horizon, len(prompts)
-            )
+            how = (args.kl_target, args.kl_horizon, len(prompts))
+            run.state["kl_coef"] = next_kl_coef(kl_coef, kl, *how)
 
         # 5. Update several times.
         for number, micro_batches in enumerate(online.minibatches(rollout, args.ppo_epochs)):

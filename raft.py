@@ -65,6 +65,7 @@ class Args(common.Args):
     samples: int = 32  # K, responses to a prompt, of which the best is learned
     kl_coef: float = 0.0  # beta of the ranking, per nat; 0: by reward alone
     temperature: float = 0.85  # of sampling; what is learned is learned at 1
+    sample_batch_size: int | None = None  # answers sampled at once; default: what memory allows
     batch_epochs: int = 2  # passes over the best responses of a stage
     minibatches: int = 64  # optimizer updates in each of these passes
     dataset: str | None = "hh"  # family, a short name, a file, a folder, or a hub id

@@ -68,6 +68,7 @@ class Args(common.Args):
     samples: int = 4  # k, responses to a prompt
     kl_coef: float = 0.03  # beta, per nat
     temperature: float = 1.0  # of sampling, and of all log-probs
+    sample_batch_size: int | None = None  # answers sampled at once; default: what memory allows
     missing_eos: Literal["replace", "subtract", "keep"] = "replace"  # score of an unended response
     missing_eos_value: float = 1.0  # replace: it scores minus this; subtract: its own less this
     batch_epochs: int = 1  # passes over the responses of a step

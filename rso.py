@@ -76,6 +76,7 @@ class Args(common.Args):  # defaults: the paper's on TL;DR; other flags: common.
     samples: int = 64  # answers sampled per prompt
     temperature: float = 0.7  # of the samples
     top_k: int = 40  # sample only the k most likely tokens; 0: all
+    sample_batch_size: int | None = None  # answers sampled at once; default: what memory allows
     sampling_beta: float = 0.5  # rejection temperature, in units of the reward; 0: the best
     accepted: int = 8  # answers per prompt that become pairs, at most; 2 or more
     ranking: Literal["first-round", "tournament"] = "first-round"  # pair at random; winners again

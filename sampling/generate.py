@@ -9,6 +9,7 @@ samples, and every row grows by one token per forward pass. Rows that have ended
 With --fsdp, each process holds all weights in the compute dtype while it samples.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from training.parallel import progress_bar
+
+MOST = 256  # sequences in a batch: more are hardly faster
 
 
 @torch.no_grad()
@@ -29,7 +32,7 @@ def generate(
     temperature: float,  # 0: greedy
     seed: int,
     run: Any,  # common.Processes
-    batch_size: int = 256,  # sequences; all samples of a prompt are in one batch
+    batch_size: int | None = None,  # sequences; all samples of a prompt are in one batch
     label: str = "sampling",  # of the progress bar
     samples: int = 1,  # K responses per prompt
     top_k: int = 0,  # draw from the k most likely tokens only; 0: from all
@@ -45,6 +48,8 @@ def generate(
     softcap = getattr(config, "attn_logit_softcapping", None)
     eager = config._attn_implementation == "eager" or softcap
     per_process = -(-len(prompts) // run.world)  # so that no process is left without work
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    batch_size = batch_size or fitting(policy, longest)
     size = max(1, min(batch_size // samples, per_process))  # prompts in a batch
     if policy.lm.dtype == torch.float64 and eager:
         size = 1  # Transformers computes this softmax in fp32, where a row of padding is NaN
@@ -75,6 +80,44 @@ def generate(
     if run.world > 1:  # each row was made by one process and is -1 on the others
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
     return [row[row >= 0].numpy() for row in found.flatten(0, 1)]
+
+
+def bytes_of(policy: nn.Module, length: int) -> int:
+    """Memory for a sequence of `length` tokens: its cache, and what drawing a token needs."""
+    config = policy.lm.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * config.num_hidden_layers * heads * size * policy.compute_dtype.itemsize  # a token
+    return cache * length + 20 * config.vocab_size  # logits, probabilities, their sums in float64
+
+
+def fitting(policy: nn.Module, length: int) -> int:
+    """How many sequences of `length` tokens take a third of the device's memory.
+
+    Not of the free memory: a run that continues must sample in the same batches.
+    """
+    device = policy.lm.device
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return MOST
+    return max(1, min(MOST, memory // 3 // bytes_of(policy, length)))
+
+
+def new_cache(policy: nn.Module) -> Any:
+    """Keys and values in the compute dtype. Rotary embeddings would make keys fp32, and attention
+    converts them back under autocast: twice the memory for the same numbers.
+    """
+    from transformers import DynamicCache
+
+    class Cache(DynamicCache):
+        def update(self, keys: Tensor, values: Tensor, *args: Any, **more: Any) -> tuple:
+            low = policy.compute_dtype
+            return super().update(keys.to(low), values.to(low), *args, **more)
+
+    return Cache(config=policy.lm.config)
 
 
 @contextmanager
@@ -119,7 +162,7 @@ def _generate_batch(
     stops = torch.tensor(sorted(stop_ids), device=device)
     found = torch.full(uniforms.shape, -1, device=device)
     rows = torch.arange(len(found), device=device)  # the row of `found` of each row of the batch
-    cache = None
+    cache = new_cache(policy)
     for t in progress_bar(range(uniforms.shape[1]), f"{label}, tokens"):
         out = policy.next_logits(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import common
 from data.models import resolve_model
-from sampling.generate import generate, text_of
+from sampling.generate import bytes_of, fitting, generate, text_of
 from sampling.rewards import check_reward, load_reward, reads_tokens_of
 from sampling.score_model import ScoreModel, fresh_head, labels_of, load_score_model
 from training import evaluation, lora, reference
@@ -112,6 +112,9 @@ class Online:
         self.reward, self.gold = load_reward(args.reward, tokenizer, args, run), None
         if args.gold_reward:
             self.gold = load_reward(args.gold_reward, tokenizer, args, run, "gold")
+        at_once = args.sample_batch_size or fitting(self.policy, args.max_length)
+        most = at_once * bytes_of(self.policy, args.max_length) / 2**30
+        common.say("sampling", f"at most {at_once} answers at once, {most:.2f} GiB")
         # A checkpoint is refused if one of these has changed since. (A function may be corrected.)
         if getattr(args, "ref_model", None):
             run.made_from["--ref-model"] = self.reference.digest
@@ -138,8 +141,9 @@ class Online:
         self.run.tokens = 0  # `collate` counts what is learned from
         room = args.max_length - args.max_prompt_length
         responses = generate(
-            self.policy, prompts, stop_ids, room, args.temperature, seed, self.run, samples=samples
-        )
+            self.policy, prompts, stop_ids, room, args.temperature, seed, self.run,
+            args.sample_batch_size, samples=samples,
+        )  # fmt: skip
         prompts = [prompt for prompt in prompts for _ in range(samples)]
         pairs = zip(prompts, responses, strict=True)
         rows = [common.Row(x, [y], x) for x, y in pairs]

@@ -65,8 +65,8 @@ def sample_and_score(
             begin = time.perf_counter()
             responses = generate(
                 policy, part, tokenizer.stop_ids, args.max_length - args.max_prompt_length,
-                args.temperature, seed, run, samples=K, top_k=args.top_k, first=at,
-                label=f"{label} {at + len(part):,}/{len(prompts):,}",
+                args.temperature, seed, run, args.sample_batch_size, samples=K, top_k=args.top_k,
+                first=at, label=f"{label} {at + len(part):,}/{len(prompts):,}",
             )  # fmt: skip
             seconds += time.perf_counter() - begin
             made += sum(map(len, responses))

@@ -12,7 +12,7 @@ from conftest import ARCHITECTURES
 
 import common
 from family import task
-from sampling.generate import _draw, generate, text_of
+from sampling.generate import _draw, bytes_of, fitting, generate, text_of
 
 VOCABULARY = 300  # ids that the models and the tokenizers of these tests both have
 NEVER = frozenset([10_000])  # a stop id outside the vocabulary of 320
@@ -157,7 +157,7 @@ def passes_of(policy):
     seen = []
 
     def look(module, args, inputs):
-        first, ids = inputs["past_key_values"] is None, inputs["input_ids"]
+        first, ids = not inputs["past_key_values"].get_seq_length(), inputs["input_ids"]
         real = int(inputs["attention_mask"].sum()) if first else ids.numel()
         seen.append((*ids.shape, real, first))
 
@@ -185,6 +185,24 @@ def test_a_prompt_is_computed_once_and_an_ended_row_not_at_all(
     assert max(rows for rows, *_ in later) <= max(size, samples)
     # Each pass computes a token of every row that has not ended.
     assert sum(rows for rows, *_ in later) == sum(map(len, answers)) - len(answers)
+
+
+@pytest.mark.parametrize("architecture", ("llama", "gemma2", "gpt2"))
+@pytest.mark.parametrize("dtype", ("bfloat16", "float64"))
+def test_the_cache_has_the_compute_dtype(architecture, dtype, policy_of, run):
+    policy, caches = policy_of(architecture, dtype), []
+    policy.lm.register_forward_pre_hook(
+        lambda lm, args, inputs: caches.append(inputs["past_key_values"]), with_kwargs=True
+    )
+    generate(policy, random_prompts(), NEVER, 3, 1.0, 0, run)
+    for layer in caches[0].layers:
+        assert {layer.keys.dtype, layer.values.dtype} == {getattr(torch, dtype)}
+
+
+def test_long_sequences_are_sampled_in_small_batches(policy_of):
+    policy = policy_of("llama")
+    assert bytes_of(policy, 2000) - bytes_of(policy, 1000) == 1000 * 2 * 2 * 2 * 8 * 4
+    assert fitting(policy, 10**15) == 1
 
 
 @pytest.mark.parametrize("architecture", ("llama", "gemma2"))

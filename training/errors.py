@@ -43,7 +43,11 @@ def explain(error: BaseException, trace: Any) -> str | None:
         trace = trace.tb_next
     ours = trace and Path(trace.tb_frame.f_code.co_filename).resolve().is_relative_to(HOME)
     if running and memory.is_out_of_memory(error):
-        return f"out of memory: {memory.hint(running['args'], running['world'])}"
+        args = running["args"]
+        sampling = (
+            ", or a smaller --sample-batch-size" if hasattr(args, "sample_batch_size") else ""
+        )
+        return f"out of memory: {memory.hint(args, running['world'])}{sampling}"
     if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
         return message_of(error)
     if isinstance(error, ModuleNotFoundError) and ours:

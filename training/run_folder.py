@@ -32,7 +32,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 BOOKKEEPING = set(
     "output_dir resume eval_every sample_every save_every keep_last cache_dir export_dtype "
     "micro_batch_size deterministic attn share_prompt fused_logps fsdp gradient_checkpointing "
-    "compile track".split()
+    "compile track sample_batch_size".split()
 )
 
 
