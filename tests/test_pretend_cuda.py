@@ -57,8 +57,8 @@ CASES += [("pro", PLAIN), ("sft", ["--attn", "sdpa"]), ("sft", [*PLAIN, "--attn"
 
 
 @pytest.fixture(scope="module")
-def results(checkpoints, tmp_path_factory) -> list[list[str]]:
-    """What makes the host wait in the first step, for every case."""
+def results(checkpoints, tmp_path_factory) -> list[dict]:
+    """What run_all() found, for every case."""
     import torch
     from conftest import labelled_rows, pair_rows, ranked_rows, write_jsonl
 
@@ -87,7 +87,14 @@ def test_the_host_seldom_waits(number, results):
     """At most twice per micro-batch. Transformers waits once per forward pass, unless prompts are
     shared: it looks for several sequences in a row. kto.py has two forward passes.
     """
-    assert len(results[number]) <= 2 * 2, results[number]
+    waits = results[number]["waits"]
+    assert len(waits) <= 2 * 2, waits
+
+
+@pytest.mark.parametrize("number", range(0, len(CASES), 2))
+def test_optimisations_change_rounding_only(number, results):
+    fast, plain = results[number : number + 2]
+    assert plain["norm"] == pytest.approx(fast["norm"], rel=0.02)
 
 
 # -- the rest runs in the script
@@ -176,6 +183,8 @@ def pretend(waits: list[str]) -> None:
         return there
 
     Tensor.pin_memory = pin_memory
+    with torch.device("cpu"):  # remembers which functions it applies to, before they are replaced
+        torch.empty(0)
     torch.tensor, torch.as_tensor = made_on_cpu(torch.tensor), made_on_cpu(torch.as_tensor)
     facts = {"is_available": True, "is_bf16_supported": True, "max_memory_allocated": 0}
     facts |= {"get_device_name": "pretended", "set_device": None, "_lazy_init": None}
@@ -192,7 +201,9 @@ def pretend(waits: list[str]) -> None:
 
 
 def run_all(model: str) -> None:
-    """One step of two micro-batches of every case. Prints its waits up to the clipping."""
+    """One step of two micro-batches of every case. Prints its waits up to the clipping, and
+    the norm of its gradients.
+    """
     waits, found = [], []
     pretend(waits)
     import torch
@@ -209,8 +220,9 @@ def run_all(model: str) -> None:
             yield step
 
     def clipped(*args):
-        found.append([*waits])
-        return clip(*args)
+        made = [*waits]
+        found.append({"waits": made, "norm": float(norm := clip(*args))})
+        return norm
 
     clip, common.clip_gradients, common.Run.steps = common.clip_gradients, clipped, counted
     for name in ("evaluate", "finish", "save"):
