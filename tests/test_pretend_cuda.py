@@ -52,8 +52,10 @@ C10_REGISTER_TYPED_CLASS(CUDAHooksRegistry, "CUDAHooks", Hooks)
 """
 
 PLAIN = ["--no-fused-logps", "--no-share-prompt"]
-CASES = [("dpo", []), ("dpo", PLAIN), ("kto", []), ("kto", PLAIN), ("pro", ["--attn", "eager"])]
-CASES += [("pro", PLAIN), ("sft", ["--attn", "sdpa"]), ("sft", [*PLAIN, "--attn", "eager"])]
+FP32 = ["--dtype", "float32"]  # else bfloat16
+CASES = [("kto", FP32), ("kto", [*PLAIN, *FP32])]
+CASES += [("pro", [*FP32, "--attn", "eager"]), ("pro", [*PLAIN, *FP32])]
+CASES += [("dpo", []), ("dpo", PLAIN), ("kto", []), ("kto", PLAIN), ("sft", ["--attn", "eager"])]
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +93,10 @@ def test_the_host_seldom_waits(number, results):
     assert len(waits) <= 2 * 2, waits
 
 
-@pytest.mark.parametrize("number", range(0, len(CASES), 2))
+@pytest.mark.parametrize("number", (0, 2))
 def test_optimisations_change_rounding_only(number, results):
     fast, plain = results[number : number + 2]
-    assert plain["norm"] == pytest.approx(fast["norm"], rel=0.02)
+    assert plain["norm"] == pytest.approx(fast["norm"], rel=1e-5)
 
 
 # -- the rest runs in the script
