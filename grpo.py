@@ -190,7 +190,7 @@ def main(args: Args) -> None:
     run = common.Run(args)
     tokenizer = common.load_tokenizer(args.model, args.max_length)
     train, held_out = common.load_rows(args, tokenizer, kind="prompt")
-    run.plan(train, args.minibatches)
+    run.plan(train, args.minibatches, args.samples)
     online = Online(args, run, tokenizer, with_reference=args.kl_coef > 0)
     policy = online.policy
     optimizer, scheduler = common.make_optimizer(policy, args, run, args.adam_eps)
