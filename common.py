@@ -553,7 +553,7 @@ class Run(Processes):
             facts |= {"logs": self.log_sizes, "made_from": self.made_from}
             (temporary / "state.json").write_text(json.dumps(facts))
             if details := optional_module("training.checkpoint"):
-                details.seal(temporary)  # checksums; flushed to disk
+                details.seal(temporary, full)  # checks, checksums, fsync
             temporary.rename(final)
             for old in self.checkpoints()[max(1, self.args.keep_last) :]:
                 shutil.rmtree(old)

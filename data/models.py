@@ -24,10 +24,11 @@ def short_name(model: str) -> str:
     if config.is_file():
         try:
             exported = json.loads(config.read_text(encoding="utf-8")).get("plainpref")
-        except ValueError:
-            raise ValueError(f"--model {model}: {config} is not JSON") from None
-        if exported:
-            return exported["base_model"]
+            if exported:
+                return exported["base_model"]
+        except (ValueError, AttributeError, LookupError, TypeError):
+            why = f"{config} is not JSON, or not as a model has it"
+            raise ValueError(f"--model {model}: {why}") from None
     return Path(model).name.lower()
 
 
@@ -52,13 +53,14 @@ def from_hub(load: Callable[[], Any], model: str, named: str = "--model") -> Any
     """Call Transformers' loading function; if it fails, say in one sentence why."""
     try:
         return load()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of any kind, if a file is broken
+        about_attention = isinstance(error, ValueError) and "attention" in str(error)
+        if about_attention or isinstance(error, MemoryError | RuntimeError):
+            raise  # the caller explains it; memory ran out
         no_tokenizer = "backend tokenizer" in str(error)
-        known = ("backend tokenizer", "Unrecognized", "not recognize", "trust_remote_code")
-        if isinstance(error, ValueError) and not any(text in str(error) for text in known):
-            raise
         if model_folder(model).is_dir():
-            first_line = (str(error).strip().splitlines() or [""])[0][:200]
+            kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+            first_line = f"{kind}{error}".strip().partition("\n")[0][:200]
             why = "it has no tokenizer that can be read" if no_tokenizer else first_line
         else:
             repo = resolve_model(model)
@@ -76,9 +78,9 @@ def load_tokenizer(model: str, max_length: int) -> Any:
 
         tokenizer = hf_tokenizer()
     else:
-        path = resolve_model(model)
-        config = from_hub(lambda: AutoConfig.from_pretrained(path), model)
-        tokenizer = from_hub(lambda: AutoTokenizer.from_pretrained(path), model)
+        path, never = resolve_model(model), {"trust_remote_code": False}
+        config = from_hub(lambda: AutoConfig.from_pretrained(path, **never), model)
+        tokenizer = from_hub(lambda: AutoTokenizer.from_pretrained(path, **never), model)
         limit = getattr(config, "max_position_embeddings", None)
         try:
             stops = GenerationConfig.from_pretrained(path).eos_token_id

@@ -20,19 +20,19 @@ import json
 import os
 import re
 import threading
-import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from training.parallel import progress_bar
+from training.parallel import progress_bar, within
 
 TEMPLATES = Path(__file__).parent / "templates"
 KEYS = ("PLAINPREF_JUDGE_KEY", "OPENAI_API_KEY")  # environment variables, in this order
 WORKERS = 8  # concurrent calls
 TIMEOUT, TRIES, LONGEST_WAIT = 60.0, 5, 60.0  # seconds, calls, seconds
+DEADLINE, LONGEST_REPLY = 180.0, 1_000_000  # of a call: seconds, bytes
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 VERDICT_LINE = re.compile(r"^[ \t#*_`\-]*(?:final )?verdict[ \t*_`]*[:：](.*)$", re.I | re.M)
 CHOICE = re.compile(
@@ -67,11 +67,6 @@ def load_template(name: str) -> str:
     return text
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None  # urllib would send the key along, to any host
-
-
 class Judge:
     """`cache` is a JSONL file of replies, which runs and judges can share."""
 
@@ -93,8 +88,11 @@ class Judge:
         self.text = load_template(template)
         version = hashlib.sha256(self.text.encode()).hexdigest()[:12]
         self.template = f"{Path(template).name} {version}"
-        direct = [urllib.request.ProxyHandler({})] if is_local else []
-        self.opener = urllib.request.build_opener(NoRedirect, *direct)
+        # Proxies as the environment says. No redirects: they would send the key along to any host.
+        self.opener = urllib.request.OpenerDirector()
+        self.opener.add_handler(urllib.request.ProxyHandler({} if is_local else None))
+        for handler in (urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+            self.opener.add_handler(handler())
         self.stopped = threading.Event()
         self.wait = self.stopped.wait  # between tries
         self.replies: dict[str, dict] = {}  # the cache
@@ -205,15 +203,18 @@ class Judge:
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(self.url, body, headers, method="POST")
-        try:
+
+        def exchange() -> tuple[int, str, bytes]:
             with self.opener.open(request, timeout=TIMEOUT) as response:
-                return 200, response.read().decode(errors="replace"), 0.0
-        except urllib.error.HTTPError as error:
-            pause = error.headers.get("Retry-After") or ""
-            text = error.read(100_000).decode(errors="replace")
-            return error.code, text, float(pause) if pause.isdecimal() else 0.0
+                pause = response.headers.get("Retry-After") or ""
+                return response.status, pause, response.read(LONGEST_REPLY + 1)
+
+        try:
+            status, pause, data = within(DEADLINE, exchange)
         except (OSError, http.client.HTTPException) as error:
-            return 0, str(error), 0.0
+            return 0, str(error) or f"not complete after {DEADLINE:g} seconds", 0.0
+        text = "over 1 MB" if len(data) > LONGEST_REPLY else data.decode(errors="replace")
+        return status, text, float(pause) if pause.isdecimal() else 0.0
 
     def read_reply(self, text: str) -> dict[str, str] | None:
         try:

@@ -24,6 +24,7 @@ from family import task
 from sampling.generate import text_of
 from sampling.score_model import labels_of, load_score_model, score_rows
 from training.checkpoint import file_hash
+from training.parallel import Stopped
 
 Ids = list[np.ndarray]  # token ids of prompts or of responses
 RESPONSES_PER_ROW = 8  # that share one copy of their prompt, at most
@@ -88,7 +89,9 @@ class Reward:
     def ask_function(self, prompts: list[str], responses: list[str]) -> list[float]:
         try:
             answer = self.function(prompts, responses)
-        except Exception as error:
+        except Stopped:  # by a signal
+            raise
+        except (Exception, SystemExit) as error:
             where = self.where_it_fails(prompts, responses)
             why = f"{type(error).__name__}: {error}"
             raise common.UserError(f"{self.named} raised {why}, {where}") from error
@@ -109,7 +112,7 @@ class Reward:
         for i in range(len(prompts)):
             try:
                 self.function(prompts[i : i + 1], responses[i : i + 1])
-            except Exception:
+            except (Exception, SystemExit):
                 return f"at {_row(i, prompts, responses)}"
         return f"on {len(prompts):,} rows together, on none of them alone"
 
@@ -193,7 +196,7 @@ def _function_of(file: str, name: str, named: str) -> Callable[[list[str], list[
     module = sys.modules[spec.name] = module_from_spec(spec)  # where data classes look
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         why = f"{type(error).__name__}: {error}"
         raise common.UserError(f"{named}: importing it raised {why}") from error
     if not callable(found := getattr(module, name, None)):

@@ -1,9 +1,9 @@
 """Samples and their scores, kept in the cache: a killed run goes on with the same ones, to the last
 token, and runs that learn from the same samples in different ways draw them only once.
 
-A cached file holds some prompts, a JSON line each. Its folder is named by a digest of everything
-that the samples depend on. The run's folder gets a copy of all lines, which is also a data set of
-ranked rows, and the facts behind the digest.
+A cached file holds some prompts, a JSON line each, and its checksum is next to it. Its folder is
+named by a digest of everything that the samples depend on. The run's folder gets a copy of all
+lines, which is also a data set of ranked rows, and the facts behind the digest.
 """
 
 import hashlib
@@ -121,11 +121,16 @@ def _write(file: Path, rows: list[common.Row], tokenizer: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     temporary.write_text("".join(lines), encoding="utf-8")
+    file.with_suffix(".sha256").write_text(file_hash(temporary))
     os.replace(temporary, file)
 
 
 def _read(file: Path) -> list[common.Row] | None:
     if not file.is_file():
+        return None
+    checksum = file.with_suffix(".sha256")
+    if not checksum.is_file() or checksum.read_text() != file_hash(file):
+        common.say("", f"{file} was changed since it was written: drawn again")
         return None
     rows = []
     for record in map(json.loads, file.read_text(encoding="utf-8").splitlines()):

@@ -78,6 +78,9 @@ class Handler(BaseHTTPRequestHandler):
         at.now -= 1
         found = (200, {}, found) if isinstance(found, str) else found
         status, headers, body = found if isinstance(found, tuple) else (found or 500, {}, "busy")
+        while body == "drip" and not at.let_go.wait(0.05):
+            self.wfile.write(b"H")  # never the end of a line
+            self.wfile.flush()
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(name, value)
@@ -270,6 +273,19 @@ def test_silence_is_asked_again_and_retry_after_is_heeded(server, judge, monkeyp
     assert judged.compare(*ONE)["outcomes"] == [0.0] and judged.waits == [7, 60, 4]
 
 
+@pytest.mark.parametrize("name, value, trouble, why", [
+    ("LONGEST_REPLY", 100, "x" * 101, "over 1 MB"),
+    ("DEADLINE", 0.3, "drip", "not complete after 0.3 seconds"),
+])  # fmt: skip
+def test_a_reply_that_has_no_end(server, judge, monkeypatch, name, value, trouble, why):
+    """Too long, or a byte now and then, which no timeout of a socket notices."""
+    monkeypatch.setattr(judging, name, value)
+    monkeypatch.setattr(judging, "TRIES", 2)
+    server.always = trouble
+    with pytest.raises(ValueError, match=why):
+        judge().compare(*ONE)
+
+
 def test_trouble_that_stays_ends_the_run_and_the_next_run_continues(server, judge):
     judge().compare(["done"], ["aa"], ["b"])
     server.requests.clear()
@@ -341,6 +357,7 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
 sys.modules["training.parallel"] = types.ModuleType("training.parallel")  # it imports torch: slow
 sys.modules["training.parallel"].progress_bar = lambda over, *_, **__: over
+sys.modules["training.parallel"].within = lambda seconds, call: call()
 from evaluation.judge import Judge
 rows = [f"post {i}" for i in range(10)], ["aa" + "x" * i for i in range(10)], ["b"] * 10
 Judge(sys.argv[1], "judge", "tldr", Path(sys.argv[2]), 1024).compare(*rows)

@@ -358,6 +358,7 @@ score = Judge(0.125)
 ROW_1 = "row 1 of 4: prompt ...'the cat sat?', response ' on the mat'"
 ROW_3 = "row 3 of 4: prompt ...'far off', response ' no'"
 MISTAKES = {  # what the function returns -> what the user reads
+    "__import__('sys').exit(0)": f"raised SystemExit: 0, at {ROW_1}",
     "[1, 2, float('nan'), 4]": f"gave nan, which is not finite, for {ROW_3}",
     "[1, 2]": "returned 2 scores for 4 rows",
     "1.0": "must return a list of numbers, this is a float",
@@ -410,6 +411,7 @@ def test_what_reward_cannot_be(reward, here):
     "source, message",
     [
         ("score = 0.5", "there is no function score in mine.py"),
+        ("raise SystemExit(0)", "importing it raised SystemExit: 0"),
         ("import nowhere", "importing it raised ModuleNotFoundError: No module named "),
         ("def score(:", "importing it raised SyntaxError: "),
     ],

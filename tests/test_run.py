@@ -227,11 +227,11 @@ def test_a_crash_while_a_checkpoint_is_written(run, monkeypatch):
     with monkeypatch.context() as patch:
         seal, count = checkpoint.seal, []
 
-        def fails(folder):
+        def fails(*what):
             count.append(1)
             if len(count) == 2:
                 raise RuntimeError("the disk failed")
-            seal(folder)
+            seal(*what)
 
         patch.setattr(checkpoint, "seal", fails)
         with pytest.raises(RuntimeError):

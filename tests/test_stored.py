@@ -80,7 +80,8 @@ def sample(model, run, folder, reward=None, prompts=None, name="run", **flags):
     """With the cache in a folder, and the run's own folder in it."""
     policy, tokenizer = model
     prompts = prompts_of(tokenizer) if prompts is None else prompts
-    run.args, run.folder = SimpleNamespace(**FLAGS | {"cache_dir": folder} | flags), folder / name
+    more = {"cache_dir": folder, "sample_batch_size": None}
+    run.args, run.folder = SimpleNamespace(**FLAGS | more | flags), folder / name
     run.folder.mkdir(parents=True, exist_ok=True)
     return stored.sample_and_score(
         policy, prompts, tokenizer, reward or Reward(), run, run.args.seed
@@ -155,6 +156,28 @@ def test_what_is_cached_is_read(model, run, made, capsys):
     assert reward.calls == [12, 6]  # the last two of three files
     assert (run.folder / "sampled.jsonl").read_bytes() == before
     assert re.search(r"30 answers to 10 prompts \([\d,]+ tokens/s\)", capsys.readouterr().out)
+
+
+HARMS = {
+    "ids": lambda text: text.replace('"response_ids": [[', '"response_ids": [[5, ', 1),
+    "nan": lambda text: re.sub(r'"scores": \[[^,]+', '"scores": [NaN', text, count=1),
+    "scores": lambda text: re.sub(r'"scores": \[[^,]+', '"scores": [0.5', text, count=1),
+    "cut": lambda text: text[: len(text) // 2],
+    "nothing": lambda text: "",
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_file_that_was_changed_is_drawn_again(model, run, made, capsys, harm):
+    rows, file = made
+    cache = file.parent.parent
+    cached = next(cache.glob("sampled-*/4-8.jsonl"))
+    before, reward = cached.read_text(), Reward()
+    cached.write_text(HARMS[harm](before))
+    assert cached.read_text() != before
+    assert plain(sample(model, run, cache, reward)) == rows
+    assert reward.calls == [12] and cached.read_text() == before
+    assert capsys.readouterr().out.count("was changed since it was written: drawn again") == 1
 
 
 MOVED = [

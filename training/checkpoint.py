@@ -4,14 +4,29 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
+
+from torch import Tensor
 
 log = logging.getLogger("plainpref")
 
 
-def seal(folder: Path) -> None:
-    """Record the checksum of every file, and flush names and contents to disk."""
+def seal(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Record the checksum of every file, and flush names and contents to disk. Weights that are
+    not finite are refused: the last checkpoint stays the newest.
+    """
+    weights = {name: tensor for name, tensor in tensors.items() if name.startswith("weight|")}
+    if spoiled := [name[7:] for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        step = json.loads((folder / "state.json").read_text())["step"]
+        shutil.rmtree(folder)
+        good = [path.name for path in folder.parent.glob("checkpoint-*")]
+        last = max(good, key=lambda name: int(name[11:]), default="there is none")
+        raise ValueError(
+            f"step {step} is not saved, its weights are not finite ({spoiled[0]}, ...): lower "
+            f"--lr. The last checkpoint in {folder.parent}: {last}"
+        )
     sums = {file.name: file_hash(file) for file in folder.iterdir()}
     (folder / "sha256.json").write_text(json.dumps(sums, indent=1))
     for path in [*folder.iterdir(), folder]:

@@ -6,6 +6,8 @@ import os
 import platform
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,12 @@ def explain(error: BaseException, trace: Any) -> str | None:
     """The message for an error that the user can fix; None if it is a bug."""
     from training import memory
 
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    ours = trace and Path(trace.tb_frame.f_code.co_filename).resolve().is_relative_to(HOME)
+    frames = traceback.walk_tb(trace)
+    files = [Path(frame.f_code.co_filename).resolve() for frame, _ in frames]
+    ours = files and files[-1].is_relative_to(HOME)
     if running and memory.is_out_of_memory(error):
+        if any(file.is_relative_to(HOME / "data") for file in files):
+            return "out of memory while reading rows, which are all kept in memory: use fewer"
         args = running["args"]
         sampling = (
             ", or a smaller --sample-batch-size" if hasattr(args, "sample_batch_size") else ""
@@ -62,11 +66,47 @@ def message_of(error: ValueError | OSError) -> str:
     return f"{system}: {error.filename or 'writing a file'}" if system else str(error)
 
 
+def printable(text: str, keep: str = "") -> str:
+    """Escape characters that control the terminal, except those in `keep`."""
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
 def escaped(text: str) -> str:
-    """Without characters that control the terminal. A message has one line, or a list under it."""
-    lines = text.split("\n")
-    lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines]
-    return "\n".join([lines[0], *(f"  {line.strip()}" for line in lines[1:])])
+    """Printable. A message has one line, or a list under it."""
+    first, *more = map(printable, text.split("\n"))
+    return "\n".join([first, *(f"  {line.strip()}" for line in more)])
+
+
+class Output:
+    """stdout or stderr. A run continues if nobody reads it: `| head`, a terminal that is closed."""
+
+    def __init__(self, stream: Any, keep: str):
+        self.stream, self.keep = stream, keep
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        self.attempt(self.stream.write, printable(text, self.keep))
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, call: Callable, *text: str) -> None:
+        try:
+            call(*text)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def guard_output() -> None:
+    """stdout shows texts from data sets and models; stderr moves the cursor for progress bars."""
+    if not isinstance(sys.stdout, Output):
+        sys.stdout = Output(sys.stdout, "\n\t")
+    if not isinstance(sys.stderr, Output):
+        sys.stderr = Output(sys.stderr, "\n\t\r\x1b")
 
 
 def install() -> None:

@@ -74,9 +74,13 @@ def load_lm(auto_class: str, options: dict[str, Any], run: Any) -> nn.Module:
             lm.set_attn_implementation(attention)
         return lm
     path, kind = resolve_model(model), getattr(transformers, auto_class)
+    never = {"trust_remote_code": False}  # else Transformers asks, on a terminal
     labels = {"num_labels": 1} if "Classification" in auto_class else {}
-    config = from_hub(lambda: transformers.AutoConfig.from_pretrained(path, **labels), model)
-    if not labels and "SequenceClassification" in str(config.architectures):
+    config = from_hub(
+        lambda: transformers.AutoConfig.from_pretrained(path, **labels, **never), model
+    )
+    has_head = "SequenceClassification" in str(config.architectures)
+    if has_head and not labels:
         raise ValueError(f"--model {model}: a reward model, which writes no text")
     if config.is_encoder_decoder or getattr(config, "quantization_config", None):
         raise ValueError(
@@ -90,7 +94,7 @@ def load_lm(auto_class: str, options: dict[str, Any], run: Any) -> nn.Module:
         from training.fsdp import empty_model
 
         return empty_model(config, attention, kind)
-    how = {"config": config, "dtype": torch.float32, "use_safetensors": True}
+    how = never | {"config": config, "dtype": torch.float32, "use_safetensors": True}
     try:
         lm, report = from_hub(
             lambda: kind.from_pretrained(
@@ -104,9 +108,11 @@ def load_lm(auto_class: str, options: dict[str, Any], run: Any) -> nn.Module:
         raise ValueError(
             f"--attn {options['attn']}: {model} does not support it ({error})"
         ) from None
-    # Transformers would fill missing weights with random numbers.
+    # Transformers would fill missing weights with random numbers. Only a language model that is
+    # loaded as a reward model may lack a head: it gets a new one.
+    new_head = labels and not has_head
     missing = {
-        name for name in report["missing_keys"] if not (labels and name.startswith("score."))
+        name for name in report["missing_keys"] if not (new_head and name.startswith("score."))
     }
     if missing or report["mismatched_keys"]:
         names = ", ".join(sorted(map(str, [*missing, *report["mismatched_keys"]]))[:5])

@@ -5,8 +5,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -24,7 +26,7 @@ class SayHandler(logging.Handler):
     """Show what modules report under the header that they belong to."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"{'':<11}{record.getMessage()}", flush=True)
+        print(f"{'':<11}{errors.escaped(record.getMessage())}", flush=True)
 
 
 logging.getLogger("plainpref").addHandler(SayHandler())
@@ -63,6 +65,7 @@ class Processes:
     """This process and its peers."""
 
     def __init__(self) -> None:
+        errors.guard_output()
         self.device, self.default_dtype = torch.device("cpu"), "float32"
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -118,6 +121,20 @@ class Processes:
         if MAIN_PROCESS:
             tqdm.write(text)
             sys.stdout.flush()
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What `call` returns, or TimeoutError. (A socket's own timeout begins anew with each byte.)"""
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()  # the process does not wait for it
+    return future.result(seconds)
 
 
 def stop() -> None:
@@ -180,20 +197,26 @@ def snake_order(parts: list, world: int) -> list:
     return [part for i, turn in enumerate(rounds) for part in (turn[::-1] if i % 2 else turn)]
 
 
+class Stopped(SystemExit):
+    """A signal ends the process at once."""
+
+
 class StopRequest:
-    """SIGTERM or Ctrl-C: a run stops after its current step, once it has something to save."""
+    """SIGTERM, SIGHUP or Ctrl-C: a run stops after its current step, once it can save."""
 
     def __init__(self) -> None:
         self.number, self.time = 0, 0.0
         self.save: Callable[[], None] | None = None  # set as soon as there is something to save
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+        ignored = signal.getsignal(hangup) == signal.SIG_IGN  # by nohup
+        numbers = {signal.SIGTERM, signal.SIGINT} | (set() if ignored else {hangup})
         self.old_handlers = {number: signal.signal(number, self.receive) for number in numbers}
 
     def receive(self, number: int, frame: Any) -> None:
         # A launcher may repeat a signal at once. A user who repeats it later means "now".
         repeated = self.number and time.monotonic() - self.time > 3
         if repeated or not self.save:
-            raise SystemExit(128 + number)
+            raise Stopped(128 + number)
         self.number, self.time = number, self.time or time.monotonic()
 
     def uninstall(self) -> None:
