@@ -415,14 +415,14 @@ class Run(Processes):
             folders.start(self)  # checks the arguments, and refuses another run's folder
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def plan(self, train: list[Row], updates_per_step: int = 1) -> None:
-        """Set the number of steps. `updates_per_step`: minibatches that learn from one batch."""
+    def plan(self, train: list[Row], updates_per_step: int = 1, samples: int = 1) -> None:
+        """Set the number of steps. `updates_per_step`: minibatches of one batch, with `samples`."""
         args, shares = self.args, self.world * updates_per_step
         if folders := optional_module("training.run_folder"):
             folders.fit_batch_size(args, len(train), shares)
         elif args.batch_size > len(train):
             raise UserError(f"--batch-size {args.batch_size}: there are {len(train)} rows")
-        share, most = args.batch_size // shares, args.micro_batch_size
+        share, most = args.batch_size // shares * samples, args.micro_batch_size
         args.micro_batch_size = max(n for n in range(1, most + 1) if share % n == 0)
         self.steps_per_epoch = len(train) // args.batch_size  # the last, short batch is dropped
         self.total_steps = args.max_steps or max(1, int(args.epochs * self.steps_per_epoch))
@@ -497,13 +497,13 @@ class Run(Processes):
     def end_step(self, grad_norm: Tensor) -> None:
         """Log; save if it is due; stop after a signal, or if the gradient does not stay finite."""
         metrics, (tokens,) = self.reduce_metrics(self.tokens)
-        finite = bool(grad_norm.isfinite()) and not self.saw_nonfinite
+        finite = bool(np.isfinite(norm := float(grad_norm))) and not self.saw_nonfinite
         self.skipped, self.saw_nonfinite = 0 if finite else self.skipped + 1, False
         self.step += 1
         seconds = time.perf_counter() - self.clock
         lr = self.args.lr * self.scheduler.lr_lambdas[0](self.step - 1)
         record = {"step": self.step, "epoch": self.step / self.steps_per_epoch, **metrics}
-        record |= {"grad_norm": float(grad_norm), "lr": lr, "skipped": int(not finite)}
+        record |= {"grad_norm": norm, "lr": lr, "skipped": int(not finite)}
         record |= {"tokens_per_second": tokens / seconds, "seconds_per_step": seconds}
         self.log(record | {"peak_memory_gib": self.peak_memory()})
         if self.skipped == 3:

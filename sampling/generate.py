@@ -1,8 +1,8 @@
 """Sampling from a policy: batched, with a key-value cache.
 
-A sample depends on the weights, its prompt, the seed and its number, but not on the other rows of
-its batch or on the number of processes: token t of sample k of prompt i is found by inverting the
-cumulative distribution at the one uniform number that belongs to (seed, i, k, t).
+Token t of sample k of prompt i is found by inverting the cumulative distribution at the one uniform
+number that belongs to (seed, i, k, t). So in fp32 a sample does not depend on the other rows of its
+batch or on the number of processes, up to rounding; bfloat16 products change with the batch size.
 
 Prompts, padded on the left, go through the model once. The cache is then copied for each of the K
 samples, and every row grows by one token per forward pass. Rows that have ended leave the batch.

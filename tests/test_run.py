@@ -516,6 +516,17 @@ def test_errors_are_one_line(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # no folder of a failed run
 
 
+def test_progress_in_a_log_file_is_whole_lines(capsys):
+    for _ in parallel.progress_bar(range(2), "samples", mininterval=0.0, delay=1e-9):
+        for _ in parallel.progress_bar(range(1), "a long label", mininterval=0.0, delay=1e-9):
+            pass
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "a long label 1 of 1", "samples    1 of 2", "a long label 1 of 1", "samples    2 of 2",
+    ]  # fmt: skip
+    assert all(line.isprintable() for line in lines)  # no carriage returns, no cursor movements
+
+
 def test_snake_order():
     assert parallel.snake_order([1, 2, 3, 4, 5, 6, 7], 2) == [1, 2, 4, 3, 5, 6, 7]
     assert parallel.snake_order([1, 2, 3], 1) == [1, 2, 3]

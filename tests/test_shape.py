@@ -7,6 +7,7 @@ Floors: 0 kernels/ data/ training/ family/ sampling/generate.py, 1 common.py, 2 
 import ast
 import builtins
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -80,6 +81,15 @@ def wrong_imports(files: dict[str, str]) -> list[str]:
 def test_imports_only_point_down():
     """Nothing imports a method file, and offline methods do not import sampling/."""
     assert wrong_imports(sources()) == []
+
+
+def test_a_script_starts_quickly():
+    """--help and a wrong flag need torch, and none of the other slow imports."""
+    slow = {"transformers", "datasets", "triton", "matplotlib", "torch.distributed.fsdp"}
+    code = f"import sys, dpo, grpo, rso, reward_model, evaluate; print({slow} & {{*sys.modules}})"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "set()"
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,11 @@ def load_policy(
     text += f"weights {str(lm.dtype).removeprefix('torch.')}, computes in {options['dtype']}, "
     if run.rank == 0:
         print(f"{name:<11}{text}{policy.config._attn_implementation} attention", flush=True)
+    slow = options["dtype"] == "float32" and run.device.type == "cpu" and trained > 5e7
+    if slow and Path("/proc/cpuinfo").is_file():
+        flags = Path("/proc/cpuinfo").read_text()
+        if "avx512_bf16" in flags or "amx_bf16" in flags:
+            log.info("this processor has bfloat16 units: --dtype bfloat16 is faster")
     return policy
 
 

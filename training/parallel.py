@@ -50,10 +50,10 @@ def progress_bar(over: Any, label: str, **more: Any) -> Any:
 
     how = {"mininterval": 0.2, "delay": 0.2, "leave": False, "dynamic_ncols": True}
     if not sys.stderr.isatty():
-        line = "{desc:<11}{n_fmt} of {total_fmt}, {rate_fmt}{postfix}, {remaining} left"
+        line = "{desc:<10} {n_fmt} of {total_fmt}, {rate_fmt}{postfix}, {remaining} left"
         how |= {"mininterval": 20.0, "delay": 20.0, "miniters": 1, "bar_format": line}
-        how |= {"file": LogLines()}
-    return tqdm(over, label, disable=not MAIN_PROCESS, **how, **more)
+        how |= {"file": LogLines(), "position": 0}
+    return tqdm(over, label, disable=not MAIN_PROCESS, **how | more)
 
 
 def hash_of(*numbers: int) -> int:
