@@ -82,7 +82,9 @@ def labels_of(model: str, named: str = "--model") -> int:
     from transformers import AutoConfig
 
     path = resolve_model(model, named)
-    config = from_hub(lambda: AutoConfig.from_pretrained(path), model, named)
+    config = from_hub(
+        lambda: AutoConfig.from_pretrained(path, trust_remote_code=False), model, named
+    )
     return config.num_labels if "SequenceClassification" in str(config.architectures) else 0
 
 
