@@ -1,4 +1,4 @@
-"""The README tells the truth: its links and flags exist, and its first command does as it shows."""
+"""README and docs tell the truth: links, files and flags exist; the first command does as shown."""
 
 import ast
 import json
@@ -9,15 +9,24 @@ import pytest
 from conftest import ROOT, run_script
 
 README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+TEXT = "\n".join(PAGES.values())
 SCRIPTS = sorted(p.name for p in ROOT.glob("*.py") if "class Args" in p.read_text())
 METHODS = [p for p in SCRIPTS if re.search(r"^def \w+_loss\(", (ROOT / p).read_text(), re.M)]
 FOLDERS = "data training kernels sampling evaluation family benchmarks".split()
 
 
-def test_every_link_leads_somewhere():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    missing = [x for x in links if not x.startswith("https://") and not (ROOT / x).exists()]
-    assert links and not missing
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", PAGES[page])
+    missing = [x for x in links if not x.startswith("https://") and not (page.parent / x).exists()]
+    assert not missing
+
+
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 200 and len(README.split()) <= 1800
+    named = re.findall(r"\(docs/(\w+[\w-]*\.md)\)", README)
+    assert {path.name for path in PAGES} - {"README.md"} <= {*named}  # every page can be found
 
 
 def test_every_method_is_in_the_table():
@@ -26,20 +35,20 @@ def test_every_method_is_in_the_table():
 
 def test_every_flag_that_is_named_exists():
     known = set()
-    for script in SCRIPTS:
+    for script in [*SCRIPTS, "benchmarks/steps.py"]:
         fields = re.findall(r"^    (\w+): .* = ", (ROOT / script).read_text(), re.M)
         known |= {"--" + name.replace("_", "-") for name in fields}
     # of torchrun, pip, rewardbench and lm_eval
     others = "--nproc_per_node --shutdown-timeout --index-url --model_args --tasks --help".split()
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - {*others}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) - {*others}
     named = {name.replace("--no-", "--") for name in named}  # how a switch is turned off
     assert named and not named - known
 
 
 def test_every_command_names_a_file_that_exists():
-    for script in re.findall(r"(?:python|\d) (\w+\.py)", README):
+    for script in re.findall(r"(?:python|\d) (\w+\.py)", TEXT):
         assert (ROOT / script).is_file(), script
-    for module in re.findall(r"python -m (\w+\.\w+)", README):
+    for module in re.findall(r"python -m (\w+\.\w+)", TEXT):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
 
 
