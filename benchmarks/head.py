@@ -3,7 +3,7 @@
     python -m benchmarks.head --shapes gpt2 --rounds 5        # minutes on a laptop
     python -m benchmarks.head --device cuda --dtype bfloat16 --responses 64 > head.md
 
-Ours (kernels/token_logps.py) beside plain logits of the response tokens and of all positions, and
+Ours (kernels/token_logps.py) next to plain logits of the response tokens and of all positions, and
 TRL's fused head as its DPOTrainer calls it. A DPO loss without a reference makes all of them give
 the same gradients. Each is compared with float64; a wrong one ends the benchmark. Then all run in
 turn, without the first round. `rises MB`: how far memory rises, the gradients included.

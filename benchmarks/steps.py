@@ -243,9 +243,9 @@ def compare(runs: dict[str, Callable[[], Steps]], args: Args) -> None:
     memory = {name: [run.rises for run in steps] for name, steps in found.items()}
     lines = [["", "s per step", "x", "rises MB", "x", "tokens"]]
     for name, steps in found.items():
-        apart = np.abs(np.subtract(steps[0].losses, found["ours"][0].losses)).max()
-        print(f"- losses of {name} differ from ours by at most {apart:.1e}")
-        if not apart <= AGREE[args.dtype]:
+        difference = np.abs(np.subtract(steps[0].losses, found["ours"][0].losses)).max()
+        print(f"- losses of {name} differ from ours by at most {difference:.1e}")
+        if not difference <= AGREE[args.dtype]:
             raise SystemExit("they differ: that is not the same work")
         seconds, rises = times[name], memory[name]
         cells = [f"{statistics.median(seconds):.3g}", ratio(seconds, times["ours"])]

@@ -129,7 +129,7 @@ def _row(i: int, prompts: list[str], responses: list[str]) -> str:
 def load_reward(
     reward: str, tokenizer: Any, args: Any, run: common.Processes, name: str = "reward"
 ) -> Reward:
-    """Load what `--reward`, or `--{name}-reward`, stands for; `tokenizer` is the policy's."""
+    """Load what `--reward` or `--{name}-reward` names; `tokenizer` is the policy's."""
     flag = "--reward" if name == "reward" else f"--{name}-reward"
     check_reward(reward, flag)
     found = Reward(reward, tokenizer, run, flag)

@@ -1,4 +1,4 @@
-"""Samples and their scores, kept in the cache: a killed run goes on with the same ones, to the last
+"""Samples and their scores, kept in the cache: a killed run continues with the same ones, to the last
 token, and runs that learn from the same samples in different ways draw them only once.
 
 A cached file holds some prompts, a JSON line each, and its checksum is next to it. Its folder is
