@@ -1,5 +1,5 @@
-"""Samples and their scores, kept in the cache: a killed run continues with the same ones, to the last
-token, and runs that learn from the same samples in different ways draw them only once.
+"""Samples and their scores, kept in the cache: a killed run continues with the same ones, to the
+last token, and runs that learn from the same samples in different ways draw them only once.
 
 A cached file holds some prompts, a JSON line each, and its checksum is next to it. Its folder is
 named by a digest of everything that the samples depend on. The run's folder gets a copy of all
