@@ -308,7 +308,7 @@ def test_output_that_nobody_reads():
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no such signal")
 def test_a_closed_terminal_saves(run, monkeypatch, capsys):
-    before = signal.getsignal(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     try:
         assert run("dpo", "whole") == 0
         with monkeypatch.context() as patch:
