@@ -58,7 +58,7 @@ REFERENCES = {  # repository, file, function
     "PPO, whitening": f"{NPLUS}/ppo.py, `masked_whiten`",
     "PPO, losses": f"{NPLUS}/ppo.py",
     "RLOO": f"{TRL}/rloo_trainer.py, `_generate_and_score_completions`, `_compute_loss`",
-    "GRPO, grpo": f"{TRL}/grpo_trainer.py, `_generate_and_score_completions`, `_compute_loss`",
+    "GRPO, grpo": f"{TRL}/grpo_trainer.py, `_compute_loss` without `use_bias_correction_kl`",
     "GRPO, dapo": "volcengine/verl, verl/trainer/ppo/core_algos.py, `agg_loss` with token-mean",
     "GRPO, dr-grpo": "sail-sg/understand-r1-zero, train_zero_math.py; oat's algorithms/ppo.py",
     "RSO, sampler": "arXiv 2309.06657, Algorithm 1; there is no repository",
@@ -454,6 +454,9 @@ def test_grpo_departs():
     ours = grpo.group_advantages(scores, 4, "grpo")[0][3].item()
     theirs = [their_advantages(scores, eps)[3].item() for eps in (1e-6, 1e-8)]
     assert [ours, *theirs] == pytest.approx([0.75e-3 / (5e-4 + x) for x in (1e-4, 1e-6, 1e-8)])
+    x, old, ref = (column([[y]]) for y in (0.0, -0.1, 0.5))  # TRL's default: k3 times the ratio
+    kl = grpo.grpo_loss(x, old, ref, x[0], x == 0, 1.0, 0.2, 0.2)[1]["loss/kl"][0].item()
+    assert [kl, their_k3(x, ref).item() * math.exp(0.1)] == pytest.approx([0.14872, 0.16436], 1e-4)
 
 
 def their_sampler(answers: list, scores: list[float], n: int, beta: float, rng) -> list:
@@ -473,10 +476,9 @@ def their_sampler(answers: list, scores: list[float], n: int, beta: float, rng) 
 def test_rso_sampler(beta):
     """From the same random numbers, the same answers in the same order, if all are different."""
     for seed in range(300):
-        scores = np.random.default_rng([seed, 0]).normal(size=24).round(1).tolist()  # with ties
-        rngs = [np.random.default_rng([seed, 1]) for _ in range(2)]
-        found = rejection_sample(scores, 8, beta, rngs[0])
-        assert found == their_sampler(list(range(24)), scores, 8, beta, rngs[1])
+        scores = np.random.default_rng(1000 + seed).normal(size=24).round(1).tolist()  # with ties
+        ours = rejection_sample(scores, 8, beta, np.random.default_rng(seed))
+        assert ours == their_sampler([*range(24)], scores, 8, beta, np.random.default_rng(seed))
     FOUND["RSO, sampler"] = [0.0]
 
 
