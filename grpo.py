@@ -45,7 +45,8 @@ Departures
 5. pi_old is computed by the forward pass of training, not kept from sampling: ratios of the first
    minibatch are 1. A warning appears if one is more than 0.01 off. The reference is fixed: each of the paper's outer
    iterations, which start from a new reference, is a new run.
-6. --batch-size counts prompts; a step has `samples` times as many responses. --micro-batch-size
+6. The KL is the paper's. TRL 1.16 by default multiplies it by the ratio.
+7. --batch-size counts prompts; a step has `samples` times as many responses. --micro-batch-size
    counts responses: a group may be split, its advantages are computed before.
 
 Healthy: objective/scores and objective/kl rise (`tiny`: to 3.5 nats a response, 2.5 in the first 15
