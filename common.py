@@ -416,7 +416,7 @@ class Run(Processes):
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def plan(self, train: list[Row], updates_per_step: int = 1, samples: int = 1) -> None:
-        """Set the number of steps. `updates_per_step`: minibatches of one batch, with `samples`."""
+        """Set the number of steps. `samples` responses to a row, `updates_per_step` minibatches."""
         args, shares = self.args, self.world * updates_per_step
         if folders := optional_module("training.run_folder"):
             folders.fit_batch_size(args, len(train), shares)

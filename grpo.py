@@ -243,7 +243,7 @@ def main(args: Args) -> None:
                 loss.backward()
                 share = torch.tensor(len(indexes) / num_responses)
                 run.record(metrics | {"loss": (loss, share)})
-                if number == 0:
+                if number == 0 and not used_once:
                     online.check_ratios(logps, old_logps, mask)
             common.sum_gradients(policy)  # a sum, not a mean: the loss is already divided
             grad_norm = common.clip_gradients(policy, args.max_grad_norm)

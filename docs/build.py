@@ -130,18 +130,18 @@ def write_method(name: str, output: Path) -> tuple[str, str]:
     source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
     doc = ast.get_docstring(ast.parse(source))
     title, plain, *paragraphs = doc.split("\n\n")
-    beside = {"@dataclass": [], f"def {name}_loss": [], "def main": []}
+    prose_of = {"@dataclass": [], f"def {name}_loss": [], "def main": []}
     kinds = {"Options": "@dataclass", "Departures": "@dataclass", "Healthy": "def main"}
     kinds["    paper  "] = f"def {name}_loss"
     intro = []
     for paragraph in paragraphs:
         place = [kinds[start] for start in kinds if paragraph.startswith(start)]
-        (beside[place[0]] if place else intro).append(paragraph)
+        (prose_of[place[0]] if place else intro).append(paragraph)
 
     rows = []
     code = source.split('"""', 2)[2].strip()
     for part in re.split(r"\n\n+(?=\S)(?!import |from )", code):
-        added = [text for start, text in beside.items() if part.startswith(start)]
+        added = [text for start, text in prose_of.items() if part.startswith(start)]
         for comments, lines in pieces(part):
             left = prose("\n\n".join(["\n".join(comments), *(added.pop() if added else [])]))
             right = highlight(
@@ -186,7 +186,7 @@ def build(output: Path) -> None:
     style = (ROOT / "docs/style.css").read_text(encoding="utf-8")
     colours = f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
     (output / "style.css").write_text(colours + style, encoding="utf-8")
-    body = "<h1>Annotated methods</h1>\n<p>The prose of each file beside its code.</p>"
+    body = "<h1>Annotated methods</h1>\n<p>The prose of each file next to its code.</p>"
     for name in METHODS:
         title, maths = write_method(name, output)
         body += f'\n<h2><a href="{name}.html">{name}.py</a></h2>\n{prose(title)}\n{maths}'

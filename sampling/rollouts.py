@@ -113,6 +113,7 @@ class Online:
         if args.gold_reward:
             self.gold = load_reward(args.gold_reward, tokenizer, args, run, "gold")
         at_once = args.sample_batch_size or fitting(self.policy, args.max_length)
+        at_once = max(at_once, getattr(args, "samples", 1))  # those to a prompt are together
         most = at_once * bytes_of(self.policy, args.max_length) / 2**30
         common.say("sampling", f"at most {at_once} answers at once, {most:.2f} GiB")
         # A checkpoint is refused if one of these has changed since. (A function may be corrected.)

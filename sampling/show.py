@@ -5,24 +5,22 @@ import textwrap
 import unicodedata
 from itertools import zip_longest
 
+from training.errors import printable
+
 NARROWEST = 48  # characters of a column
 DOUBLE = "WF"  # what Unicode calls characters that are two columns wide (Chinese, ...)
 
 
-def printable(text: str) -> str:
-    """Escape what a terminal could act on: control characters, other directions of writing."""
-    shown = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-    return "".join(shown)
-
-
 def end_of(text: str, most: int = 400) -> str:
     """A long prompt ends with its question."""
-    return printable(text if len(text) <= most else f"... {text[-most:]}")
+    return printable(text if len(text) <= most else f"... {text[-most:]}", "\n\t")
 
 
 def show(answers: list[tuple[str, str, str]]) -> None:
     """Print (whose it is, facts about it, the answer) of one model or of several."""
-    answers = [(title, facts, printable(text).expandtabs(4)) for title, facts, text in answers]
+    answers = [
+        (title, facts, printable(text, "\n\t").expandtabs(4)) for title, facts, text in answers
+    ]
     width = shutil.get_terminal_size().columns // len(answers) - 3
     double = any(unicodedata.east_asian_width(c) in DOUBLE for *_, text in answers for c in text)
     if len(answers) == 1 or width < NARROWEST or double:

@@ -20,8 +20,9 @@ import common
 import evaluate
 from family import task
 from sampling import dialogue, score_model
-from sampling.show import printable, show
+from sampling.show import show
 from training import finish
+from training.errors import printable
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
 
@@ -226,16 +227,18 @@ def test_messages_need_a_template(talk, checkpoints):
 
 
 def test_nothing_reaches_the_terminal_raw():
-    assert printable("a\tb\n\x1b[2J\u202eé\x00") == "a\tb\n\\x1b[2J\\u202eé\\x00"
+    assert printable("a\tb\n\x1b[2J\u202eé\x00", "\n\t") == "a\tb\n\\x1b[2J\\u202eé\\x00"
 
 
-@pytest.mark.parametrize("columns, text, beside", [(120, "a b", 1), (80, "a b", 0), (120, "中", 0)])
-def test_side_by_side_if_there_is_room(columns, text, beside, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "columns, text, two_columns", [(120, "a b", 1), (80, "a b", 0), (120, "中", 0)]
+)
+def test_side_by_side_if_there_is_room(columns, text, two_columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
     show([("one", "1 token", f"{text}\n" + "word " * 40), ("two", "2 tokens", "c")])
     lines = capsys.readouterr().out.splitlines()
-    assert ("| -- two" in lines[0]) == bool(beside)
-    assert all(len(line) <= columns for line in lines) or not beside
+    assert ("| -- two" in lines[0]) == bool(two_columns)
+    assert all(len(line) <= columns for line in lines) or not two_columns
 
 
 def test_tiny_says_what_it_knows(talk, asked):

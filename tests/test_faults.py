@@ -26,7 +26,7 @@ from conftest import (
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
-from whole_runs import assert_same_run, train, without_timings
+from whole_runs import assert_same_run, crash, stop_after, train, without_timings
 
 import common
 from data import rows as data_rows
@@ -60,25 +60,9 @@ def processes():
     made.stop_request.uninstall()
 
 
-def at_step(monkeypatch, step: int, act) -> None:
-    """Call act(run) right before this step ends."""
-    end_step = common.Run.end_step
-
-    def hook(self, grad_norm):
-        if self.step == step:
-            act(self)
-        end_step(self, grad_norm)
-
-    monkeypatch.setattr(common.Run, "end_step", hook)
-
-
-def crash(run) -> None:
-    raise RuntimeError("as if the machine had failed")
-
-
 def stop_early(run, monkeypatch, script: str, **flags) -> None:
     with monkeypatch.context() as patch:
-        at_step(patch, 5, crash)
+        stop_after(patch, 5, crash)
         with pytest.raises(RuntimeError):
             run(script, "out", **flags)
 
@@ -247,7 +231,7 @@ def test_an_update_that_is_not_finite(run, monkeypatch):
 
     def spoil(step: int) -> None:
         with monkeypatch.context() as patch:
-            at_step(patch, step, fill_with_nan)
+            stop_after(patch, step, fill_with_nan)
             message = f"step {step + 1} is not saved, .* [(]lm.lm_head.weight, ...[)]: lower --lr"
             with pytest.raises(ValueError, match=message) as error:
                 run("dpo", "out", max_steps=4)
@@ -312,7 +296,7 @@ def test_a_closed_terminal_saves(run, monkeypatch, capsys):
     try:
         assert run("dpo", "whole") == 0
         with monkeypatch.context() as patch:
-            at_step(patch, 3, lambda self: os.kill(os.getpid(), signal.SIGHUP))
+            stop_after(patch, 3, lambda self: os.kill(os.getpid(), signal.SIGHUP))
             assert run("dpo", "out") == 128 + signal.SIGHUP
         assert "step 4 is saved in out" in capsys.readouterr().out
         assert run("dpo", "out") == 0

@@ -206,7 +206,7 @@ EXAMPLES = {  # the arguments that each loss is called with below
 
 
 def losses_of_methods() -> list[tuple[str, str, str]]:
-    """(name, module, source) of every top-level *_loss in every script beside common.py."""
+    """(name, module, source) of every top-level *_loss in every script next to common.py."""
     found = []
     for file in sorted(ROOT.glob("*.py")):
         source = file.read_text()

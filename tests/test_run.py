@@ -31,8 +31,10 @@ from whole_runs import (
     as_flags,
     assert_close,
     assert_same_run,
+    crash,
     lines_of,
     steps_of,
+    stop_after,
     train,
     weights_of,
     without_timings,
@@ -71,22 +73,6 @@ def run(checkpoints, rows):
         return train(method, checkpoints(architecture), rows(script), folder, **flags)
 
     return start
-
-
-def stop_after(monkeypatch, step: int, act) -> None:
-    """Call `act` right before step number `step` ends."""
-    end_step = common.Run.end_step
-
-    def hook(self, grad_norm):
-        if self.step == step:
-            act(self)
-        end_step(self, grad_norm)
-
-    monkeypatch.setattr(common.Run, "end_step", hook)
-
-
-def crash(run) -> None:
-    raise RuntimeError("as if the machine had failed")
 
 
 # -- what a run leaves

@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import all_float64, pair_rows, write_jsonl
-from test_trl import plain_head_in_trl, show  # noqa: F401
+from test_trl import plain_head_in_trl, runs, show  # noqa: F401
 
-import common
 import grpo
 import rloo
 from sampling import rollouts
-from training import finish
 
 BATCHES, PROMPTS, SAMPLES, ROOM = 5, 4, 4, 8
-# TRL's knobs. It multiplies the KL of GRPO by the ratio, unless it is told not to.
+# TRL's knobs. By default it multiplies the KL of GRPO by the ratio.
 GRPO = {"epsilon_high": 0.05, "use_bias_correction_kl": False}
 CASES = {
     "grpo": GRPO | {"loss_type": "grpo"},
@@ -37,15 +35,9 @@ def reward_of(answer) -> float:
     return float(sum(int(x) for x in answer) % 7)
 
 
-@pytest.fixture
-def runs(fresh_process, monkeypatch) -> list[common.Run]:
-    """The runs that were started. They log in memory, and take our answers and rewards."""
-    started, init = [], common.Run.__init__
-
-    def start(run, args):
-        started.append(run)
-        run.logged = []
-        init(run, args)
+@pytest.fixture(autouse=True)
+def given(runs, monkeypatch) -> None:  # noqa: F811 - a fixture of test_trl.py
+    """Our answers and rewards."""
 
     def sampled(_, prompts, *rest, **more):
         return [np.array(y) for prompt in prompts for y in answers(prompt)]
@@ -53,16 +45,12 @@ def runs(fresh_process, monkeypatch) -> list[common.Run]:
     def scored(_, rollout):
         return torch.tensor([reward_of(y) for y in rollout.responses], dtype=torch.float64)
 
-    monkeypatch.setattr(common.Run, "__init__", start)
-    monkeypatch.setattr(common.Run, "log", lambda run, record: run.logged.append(record))
-    monkeypatch.setattr(finish, "finish", lambda *_: None)
     monkeypatch.setattr(rollouts, "generate", sampled)
     monkeypatch.setattr(rollouts.Online, "final_scores", scored)
     monkeypatch.setattr(rollouts.Online, "evaluate", lambda *_: None)
-    return started
 
 
-def steps_here(case: str, start, rows: list[dict], runs) -> tuple[list[dict], list[dict]]:
+def steps_here(case: str, start, rows: list[dict], started) -> tuple[list[dict], list[dict]]:
     """What is logged after each batch, and the rows in the order in which they were used."""
     write_jsonl(Path("rows.jsonl"), rows)
     write_jsonl(Path("held-out.jsonl"), [{"prompt": "another"}])
@@ -80,8 +68,8 @@ def steps_here(case: str, start, rows: list[dict], runs) -> tuple[list[dict], li
             max_length=40 + ROOM, max_prompt_length=40, **knobs,
         )
     )  # fmt: skip
-    order = [sorted(i for part in runs[0].step_rows(n) for i in part) for n in range(BATCHES)]
-    return [x for x in runs[0].logged if "lr" in x], [rows[i] for part in order for i in part]
+    order = [sorted(i for part in started[0].step_rows(n) for i in part) for n in range(BATCHES)]
+    return [x for x in started[0].logged if "lr" in x], [rows[i] for part in order for i in part]
 
 
 def steps_of_trl(case: str, start, rows: list[dict]) -> list[dict]:

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 
+import common
 from training import report, run_folder
 
 TIMINGS = {"tokens_per_second", "seconds_per_step", "peak_memory_gib"}
@@ -46,6 +47,22 @@ def train(method: ModuleType, model: Path, dataset: Path, folder: str | Path, **
             for file in locks:
                 file.close()  # as when a process ends
     return 0
+
+
+def stop_after(monkeypatch, step: int, act) -> None:
+    """Call `act` right before step number `step` ends."""
+    end_step = common.Run.end_step
+
+    def hook(self, grad_norm):
+        if self.step == step:
+            act(self)
+        end_step(self, grad_norm)
+
+    monkeypatch.setattr(common.Run, "end_step", hook)
+
+
+def crash(run) -> None:
+    raise RuntimeError("as if the machine had failed")
 
 
 def as_flags(**values) -> list[str]:

@@ -18,13 +18,13 @@ def seal(folder: Path, tensors: dict[str, Tensor]) -> None:
     not finite are refused: the last checkpoint stays the newest.
     """
     weights = {name: tensor for name, tensor in tensors.items() if name.startswith("weight|")}
-    if spoiled := [name[7:] for name, tensor in weights.items() if not tensor.isfinite().all()]:
+    if not_finite := [name[7:] for name, tensor in weights.items() if not tensor.isfinite().all()]:
         step = json.loads((folder / "state.json").read_text())["step"]
         shutil.rmtree(folder)
         good = [path.name for path in folder.parent.glob("checkpoint-*")]
         last = max(good, key=lambda name: int(name[11:]), default="there is none")
         raise ValueError(
-            f"step {step} is not saved, its weights are not finite ({spoiled[0]}, ...): lower "
+            f"step {step} is not saved, its weights are not finite ({not_finite[0]}, ...): lower "
             f"--lr. The last checkpoint in {folder.parent}: {last}"
         )
     sums = {file.name: file_hash(file) for file in folder.iterdir()}

@@ -23,7 +23,7 @@ def show(kind: type, error: BaseException, trace: Any) -> None:
     """A ValueError that this project raised itself is for the user; so is an error of a disk."""
     text = explain(error, trace)
     if isinstance(error, KeyboardInterrupt):
-        text = "stopped"
+        text = "stopped by Ctrl-C"
     elif text is None or text.startswith("out of memory"):
         sys.__excepthook__(kind, error, trace)
     rank = int(os.environ.get("RANK", "0"))
