@@ -4,11 +4,17 @@
     python compare.py --quick            # a third of the steps, one seed: shows that all of it runs
     python compare.py --methods dpo simpo --seeds 0 1 --sweep simpo
     python compare.py --model runs/sft-gemma-2-2b --dataset tldr --reward runs/reward --nproc 4
+    python compare.py --model path/to/model --dataset rows.jsonl --settings study.json
 
 A run is two commands, a method file and then evaluate.py, and leaves one row in
 results/<name>/rows/. The same command continues a study that was stopped. The report,
 results/<name>/README.md, is made from the rows (--report makes it again) and from note.md, which a
 person writes. To use several GPUs, start one command per seed.
+
+--settings is a JSON file of flags: {"all": {...}, "online": {...}, "dpo": {...}, "evaluate": {...}}.
+Those of "all" are for every method, "online" for methods that sample, "evaluate" for evaluate.py. A
+list of values of a method's own knob (see METHODS) are its strengths: the first one runs with every
+seed, the others with the first seed if the method is in --sweep.
 
 On the embedded task `sft` is fine-tuned further on the chosen answers, and `best-of-4` picks from
 four samples by tiny-preferred@tiny, a learned reward from which methods that sample learn too. With
@@ -18,6 +24,7 @@ Copyright (c) 2026 the plainpref authors. MIT licence.
 """
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -32,6 +39,7 @@ from typing import Literal
 import common
 from data.models import short_name
 from evaluation import study
+from evaluation.estimates import measure_name
 from training.run_folder import flag
 
 METHODS = {  # the knob that keeps a method near its start, and the strengths of a sweep on `tiny`
@@ -63,6 +71,7 @@ class Args:
     eval_dataset: str | None = None  # held-out rows; default: as in the method files
     reward: str | None = None  # what answers are measured by, as in evaluate.py; default: the true reward of the embedded task
     train_reward: str | None = None  # what methods that sample learn from; default: tiny-preferred@tiny on the embedded task, else they are left out
+    settings: str | None = None  # JSON file of flags for the methods and for evaluate.py
     max_steps: int | None = None  # of every method, instead of its preset's
     prompts: int = 1024  # questions to measure on
     name: str | None = None  # of results/<name> and runs/<name>; default: tiny, tiny-quick, or model and dataset
@@ -83,38 +92,62 @@ def plan(args: Args) -> list[dict]:
     args.name = args.name or f"{Path(args.model).name}-{Path(args.dataset).stem}"
     if args.quick:
         args.seeds, args.sweep, args.prompts = args.seeds[:1], (), max(1, args.prompts // 2)
-    best = {"best_of": 4, "select_by": args.train_reward, "temperature": 1}
-    rows = [measured(args, {"name": "start"}), measured(args, {"name": "best-of-4"}, **best)]
-    rows = rows if args.train_reward else rows[:1]
+    settings = read_settings(args.settings)
+    rows = [measured(args, {"name": "start"})]
+    for n in settings.get("best_of", (4,)) if args.train_reward else ():
+        best = {"best_of": n, "select_by": args.train_reward, "temperature": 1}
+        rows.append(measured(args, {"name": f"best-of-{n}", "best_of": n}, **best))
     for seed in args.seeds:
         for method, (knob, *strengths) in METHODS.items():
             if method not in args.methods or (method in SAMPLING and not args.train_reward):
                 continue
             module = import_module(method)
             usual = vars(module.Args()) | module.PRESETS.get(short_name(args.model), {})
-            usual |= TINY_SFT if embedded and method == "sft" else {}
-            default = usual.get(knob)
-            if default and not embedded:
+            own = dict(TINY_SFT) if embedded and method == "sft" else {}
+            for key in ("all", "online" if method in SAMPLING else "offline", method):
+                own |= settings.get(key, {})
+            default = own.pop(knob, usual.get(knob))
+            if isinstance(default, list):
+                default, *strengths = default
+            elif default and not embedded:
                 strengths = [float(f"{default / 3:.2g}"), float(f"{default * 3:.2g}")]
+            if default != usual.get(knob):
+                own[knob] = default
             if method not in args.sweep or seed != args.seeds[0]:
                 strengths = []
-            rows += [trained(args, method, seed, x, usual) for x in (default, *strengths)]
+            rows.append(trained(args, method, seed, default, usual, own))
+            for strength in strengths:
+                flags = own | {knob: strength}
+                rows.append(trained(args, method, seed, strength, usual, flags, default=False))
     return rows
 
 
-def trained(args: Args, method: str, seed: int, strength: float | None, usual: dict) -> dict:
+def read_settings(file: str | None) -> dict[str, dict]:
+    try:
+        settings = json.loads(Path(file).expanduser().read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError) as error:
+        raise common.UserError(f"--settings {file}: {error}") from None
+    known = {"all", "online", "offline", "evaluate", "best_of", *METHODS}
+    if not isinstance(settings, dict) or (wrong := sorted(settings.keys() - known)):
+        what = f"{wrong[0]!r} is not one of" if isinstance(settings, dict) else "must be an object:"
+        raise common.UserError(f"--settings {file}: {what} {', '.join(sorted(known))}")
+    return settings
+
+
+def trained(
+    args: Args, method: str, seed: int, strength: float | None, usual: dict, own: dict, default=True
+) -> dict:
     embedded, knob = args.dataset is None, METHODS[method][0]
-    default = strength == usual.get(knob)
     name = f"{method}-s{seed}" if default else f"{method}-{knob}{strength:g}-s{seed}"
     flags = {"model": args.model, "dataset": args.dataset, "eval_dataset": args.eval_dataset}
     if embedded:  # files, because with `family` each run would also measure itself
         flags |= {"dataset": f"{DATA}-train.parquet", "eval_dataset": f"{DATA}-test.parquet"}
-    flags |= {"seed": seed} | (TINY_SFT if embedded and method == "sft" else {})
-    steps = args.max_steps or (embedded and usual["max_steps"] // (3 if args.quick else 1))
+    steps = args.max_steps or (embedded and (usual | own)["max_steps"] // (3 if args.quick else 1))
+    flags |= {"seed": seed} | {name: x for name, x in own.items() if name != knob}
     flags |= {"max_steps": steps} if args.quick or args.max_steps else {}
     other_reward = method in SAMPLING and args.train_reward != LEARNED_REWARD
     flags |= {"reward": args.train_reward} if other_reward else {}
-    flags |= {"eval_every": 0} if default else {knob: strength, "eval_every": 0}
+    flags |= ({knob: own[knob]} if knob in own else {}) | {"eval_every": 0}
     flags |= {"save_every": max(1, steps // 6), "keep_last": 100} if embedded else {}
     folder = f"runs/{args.name}/{name}"
     # A cache per run, so that its seconds contain everything.
@@ -130,7 +163,8 @@ def measured(args: Args, row: dict, **more) -> dict:
     flags = {"model": folder if "command" in row else args.model, "baseline": args.model}
     flags |= {"prompts": args.prompts, "cache_dir": f"runs/{args.name}/.cache"}
     flags |= {"dataset": args.dataset or "family", "eval_dataset": args.eval_dataset}
-    flags |= {"reward": args.reward} | more | {"json": f"{folder}.measured.json"}
+    flags |= {"reward": args.reward} | read_settings(args.settings).get("evaluate", {}) | more
+    flags |= {"json": f"{folder}.measured.json"}
     row = {"method": row["name"], "default": True} | row
     return row | {"measured_by": written(args, "evaluate.py", flags)}
 
@@ -143,7 +177,8 @@ def written(args: Args, script: str, flags: dict) -> str:
         if isinstance(value, bool):
             words.append(flag(name if value else f"no_{name}"))
         elif value is not None:
-            words += [flag(name), f"{value:g}" if isinstance(value, float) else str(value)]
+            values = value if isinstance(value, list) else [value]
+            words += [flag(name), *(f"{x:g}" if isinstance(x, float) else str(x) for x in values)]
     return shlex.join(words)
 
 
@@ -169,8 +204,11 @@ def make(row: dict, results: Path, runs: Path) -> None:
     folder, log, begun = runs / row["name"], runs / f"{row['name']}.log", time.monotonic()
     resumed, row = folder.exists(), row | {"date": date.today().isoformat()}
     if "command" in row:
+        before = os.times()
         launch(row["command"], log)
         row["seconds"] = None if resumed else round(time.monotonic() - begun, 1)
+        used = [b - a for a, b in zip(before, os.times(), strict=True)]
+        row["cpu_seconds"] = None if resumed else round(sum(used[2:4]), 1)  # of children
         ran = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         row |= {key: ran[key] for key in ("commit", "source", "hardware")}
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -179,6 +217,7 @@ def make(row: dict, results: Path, runs: Path) -> None:
     record = json.loads((runs / f"{row['name']}.measured.json").read_text(encoding="utf-8"))
     row = {key: record["facts"][key] for key in ("commit", "versions")} | row
     row |= {key: record[key] for key in ("measured", "curve")}
+    row["measures"] = [measure_name(name) for name in record["arguments"]["measure"]]
     temporary = results / f"{row['name']}.json"  # a row is whole or absent
     temporary.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     temporary.rename(results / "rows" / temporary.name)

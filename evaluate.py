@@ -67,6 +67,7 @@ class Args:
     dtype: Literal["bfloat16", "float32", "float64"] | None = None  # default: bfloat16 on GPUs
     cache_dir: str | None = None  # for the judge's replies; default: runs/.cache
     reward: str | None = None  # a reward model, a@b, family, or file.py:function
+    measure: tuple[str, ...] = ()  # more rewards of the answers to report, as in --reward
     text_metrics: bool = False  # needs sacrebleu and rouge-score
     bleu_tokenize: str = "13a"  # sacrebleu's tokenizer: zh, ja-mecab, ... for those languages
     judge: str | None = None  # http://host:8000/v1; key: PLAINPREF_JUDGE_KEY or OPENAI_API_KEY
@@ -142,7 +143,7 @@ def main(args: Args) -> dict:
     prompts, responses = questions.load_questions(args, tokenizer, with_responses)
     pairs = questions.load_pairs(args, tokenizer)
     chooser = (args.select_by or args.reward) if args.best_of > 1 else None
-    names = dict.fromkeys((args.reward, chooser))
+    names = dict.fromkeys((args.reward, chooser, *args.measure))
     rewards = {name: load_reward(name, tokenizer, args, run) for name in names if name}
     a = common.load_policy(args, run, args.model, name="a", frozen=True)
     b = common.load_policy(args, run, args.baseline, name="b", frozen=True) if has_b else None
@@ -181,6 +182,10 @@ def main(args: Args) -> dict:
         others = answer(b, temperature, args.seed + 1) if has_b else responses
         ours, theirs = scored(made), None if args.baseline == "none" else scored(others)
         estimates.compare_answers(table, mode, ours, theirs, tokenizer.stop_ids)
+        for name in args.measure:
+            sides = [made, others] if theirs else [made]
+            values = [rewards[name](prompts, ids).numpy() for ids in sides]
+            table[f"{mode}/{estimates.measure_name(name)}"] = means(*values)
         if temperature == min(args.temperature) and common.MAIN_PROCESS:
             for i, prompt in enumerate(prompts[: args.show]):
                 question = end_of(prompt_text(prompt, tokenizer))

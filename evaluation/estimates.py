@@ -142,6 +142,11 @@ def means(a: np.ndarray, b: np.ndarray | None = None, questions=None) -> list[Es
     return [mean(values, questions) for values in sides]
 
 
+def measure_name(reward: str) -> str:
+    """A short name for a table: the function of file.py:function, or a model's last part."""
+    return reward.rpartition(":")[2] if ".py:" in reward else reward.rstrip("/").split("/")[-1]
+
+
 def add_wins(table: Table, key: str, wins: np.ndarray, a: Answers, b: Answers) -> None:
     table[key] = means(wins)
     table[f"{key}/length_controlled"] = [win_rate_at_equal_length(wins, a.lengths, b.lengths)]

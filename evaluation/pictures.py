@@ -11,10 +11,9 @@ from matplotlib.figure import Figure
 
 from evaluation.study import groups, value
 
-UNTRAINED = ("start", "best-of-4")  # they have no panel
 TRADE_OFF = """Reward of sampled answers against {}. Blue: the method's runs; a line joins the
-strengths of a sweep, given as numbers. Grey: the other methods. Black: the start. Dotted: the
-reward of best-of-4."""
+strengths of a sweep, given as numbers; bars: 95 % intervals over questions. Grey: the other
+methods. Black: the start, and dotted from there best-of-N, whose KL is log N - (N - 1) / N."""
 CURVES = "Reward of sampled answers along one run of each method, on fewer questions. Grey: dpo."
 
 
@@ -59,14 +58,14 @@ def trade_off(rows: list[dict], key: str) -> Figure | None:
         return [point for point in points if None not in point]
 
     found = {name: runs for name, runs in groups(rows).items() if runs[0]["default"]}
-    trained = [name for name, runs in found.items() if points_of(runs) and name not in UNTRAINED]
+    trained = [name for name, runs in found.items() if points_of(runs) and "command" in runs[0]]
     if not trained:
         return None
     figure, axes = panels(trained, "tokens per answer")
-    best = [*filter(None, (value(x, "sampled/reward") for x in found.get("best-of-4", ())))]
+    best = [row for row in rows if "best_of" in row or row["method"] == "start"]
+    best.sort(key=lambda row: row.get("best_of", 1))
     for axis, method in zip(axes, trained, strict=False):
-        for reward in best:
-            axis.axhline(reward, color="0.5", linestyle=":", linewidth=1)
+        draw(axis, points_of(best), "black", ".:", linewidth=1)
         draw(axis, [point for name in trained for point in points_of(found[name])], "0.8")
         draw(axis, points_of(found.get("start", [])), "black", "s", clip_on=False)
         draw(axis, points_of(found[method]))
@@ -74,12 +73,15 @@ def trade_off(rows: list[dict], key: str) -> Figure | None:
         sweep = [row for row in rows if (row["method"], row.get("seed")) == (method, seed)]
         sweep.sort(key=lambda row: row.get("strength") or 0)
         draw(axis, points_of(sweep), style="o-", linewidth=1)
+        for row in sweep:
+            if points_of([row]) and value(row, "sampled/reward", "low") is not None:
+                ends = [value(row, "sampled/reward", end) for end in ("low", "high")]
+                axis.plot([points_of([row])[0][0]] * 2, ends, color="#0072b2", linewidth=0.8)
         for row in sweep if len(sweep) > 1 else ():
             axis.set_title(f"{method}, by {row['knob']}", fontsize=10)
             for point in points_of([row]):
                 how = {"xytext": (3, -9), "textcoords": "offset points", "fontsize": 7}
                 axis.annotate(f"{row['strength']:g}", point, **how)
-    if key == "sampled/kl":
         # A square root, because most runs are where the KL is small. Estimates may be below 0.
         axes[0].set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axes[0].set(xlim=(0, None))

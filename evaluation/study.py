@@ -7,8 +7,8 @@ import json
 import math
 from pathlib import Path
 
-ORDER = """start sft dpo ipo cpo orpo simpo slic kto pro listwise_dpo rrhf raft rso ppo rloo grpo
-best-of-4""".split()
+ORDER = """start sft dpo ipo cpo orpo simpo slic kto pro listwise_dpo rrhf raft rso ppo nlpo rloo
+grpo best-of""".split()
 COLUMNS = {  # heading: key, digits
     "reward, sampled": ("sampled/reward", 3),
     "reward, greedy": ("greedy/reward", 3),
@@ -17,7 +17,9 @@ COLUMNS = {  # heading: key, digits
     "pairs ranked right, by the sum": ("ranking/sum", 3),
     "KL from the start, nats per answer": ("sampled/kl", 2),
     "tokens per answer": ("sampled/length", 2),
+    "answers that end": ("sampled/ended", 2),
     "seconds": ("seconds", 0),
+    "CPU seconds": ("cpu_seconds", 0),
     "peak memory, GiB": ("peak_memory_gib", 2),
 }
 
@@ -30,6 +32,8 @@ def read_rows(folder: Path) -> list[dict]:
 def value(row: dict, key: str, part: str = "value") -> float | None:
     """A number that was measured, or that the run cost. None if missing or not finite."""
     found = row["measured"].get(key) or {} if "/" in key else {"value": row.get(key)}
+    if key == "sampled/kl" and (n := row.get("best_of")):  # Stiennon et al. 2020, appendix G.3
+        found = {"value": math.log(n) - (n - 1) / n}
     number = found.get(part)
     return None if number is None or not math.isfinite(number) else float(number)
 
@@ -39,7 +43,8 @@ def groups(rows: list[dict]) -> dict[str, list[dict]]:
 
     def place(row: dict) -> tuple:
         rest = (row.get("strength") or 0, row.get("seed") or 0)
-        return ORDER.index(row["method"]), not row["default"], *rest
+        method = row["method"].rstrip("0123456789").rstrip("-")  # best-of-16
+        return ORDER.index(method), not row["default"], row.get("best_of", 0), *rest
 
     found: dict[str, list[dict]] = {}
     for row in sorted(rows, key=place):
@@ -70,6 +75,8 @@ def write(folder: Path, rows: list[dict], command: str) -> None:
         found = {(row | row.get("versions", {})).get(key) for row in rows} - {None}
         facts.append(f"{key} {', '.join(sorted(found))}")
     columns = {h: c for h, c in COLUMNS.items() if any(value(x, c[0]) is not None for x in rows)}
+    measures = {name: None for row in rows for name in row.get("measures", ())}
+    columns |= {name: (f"sampled/{name}", 3) for name in measures}
     lines = [["method", "runs", *columns], ["---"] * (2 + len(columns))]
     for label, runs in groups(rows).items():
         lines.append([label, str(len(runs)), *(cell(runs, *column) for column in columns.values())])

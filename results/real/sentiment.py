@@ -56,7 +56,11 @@ PARTS = {"train": slice(0, 60), "validation": slice(60, 66), "test": slice(66, 9
 def prompts(part: str) -> list[str]:
     """All instructions for each topic of a part, shuffled by a fixed rule (topics stay mixed)."""
     topics = [topic.strip() for topic in TOPICS][PARTS[part]]
-    return [text.format(topic) for i, text in enumerate(INSTRUCTIONS) for topic in topics[i:] + topics[:i]]
+    return [
+        text.format(topic)
+        for i, text in enumerate(INSTRUCTIONS)
+        for topic in topics[i:] + topics[:i]
+    ]
 
 
 @cache
