@@ -58,7 +58,8 @@ def trade_off(rows: list[dict], key: str) -> Figure | None:
         return [point for point in points if None not in point]
 
     found = {name: runs for name, runs in groups(rows).items() if runs[0]["default"]}
-    trained = [name for name, runs in found.items() if points_of(runs) and "command" in runs[0]]
+    trained = [name for name, runs in found.items() if points_of(runs)]
+    trained = [name for name in trained if name != "start" and not name.startswith("best-of")]
     if not trained:
         return None
     figure, axes = panels(trained, "tokens per answer")

@@ -2,6 +2,7 @@
 minutes are replaced by one that leaves the same files at once; the slow test runs the real ones.
 """
 
+import json
 import shlex
 import signal
 import subprocess
@@ -26,7 +27,8 @@ flags = {a[2:]: b for a, b in zip(sys.argv, sys.argv[1:])}
 print(*sys.argv, file=open("calls.txt", "a"))
 if sys.argv[0] == "evaluate.py":
     facts = {"commit": "abc", "versions": {"torch": "x"}}
-    record = {"measured": {"sampled/reward": {"value": 0.4}}, "by_length": {}, "curve": []}
+    record = {"measured": {"sampled/reward": {"value": 0.4}}, "arguments": {"measure": []}}
+    record["curve"] = []
     Path(flags["json"]).write_text(json.dumps(record | {"facts": facts}))
     sys.exit()
 folder = Path(flags["output-dir"])
@@ -88,6 +90,32 @@ def test_another_model():
     for wrong in ({"model": "gpt2"}, {"dataset": "tldr"}, {"model": "gpt2", "quick": True}):
         with pytest.raises(common.UserError, match="belong together"):
             compare.plan(compare.Args(**wrong))
+
+
+def test_settings(tmp_path):
+    file = tmp_path / "study.json"
+    settings = {
+        "all": {"lr": 2e-5, "optimizer": "adamw"},
+        "online": {"lr": 1e-5},
+        "best_of": [2, 8],
+    }
+    settings |= {"dpo": {"beta": [0.2, 0.5]}, "ppo": {"temperature": 1.0}}
+    settings["evaluate"] = {"temperature": 1, "measure": ["a.py:f", "b.py:g"]}
+    file.write_text(json.dumps(settings))
+    args = SMALL | {"seeds": (0,), "sweep": ("dpo",), "model": "m", "dataset": "d.jsonl"}
+    rows = compare.plan(compare.Args(**args, settings=str(file), train_reward="runs/r"))
+    assert [row.get("strength", row.get("best_of")) for row in rows] == [None, 2, 8, 0.2, 0.5, 0.05]
+    for row, lr, beta in ((rows[3], 2e-5, 0.2), (rows[4], 2e-5, 0.5), (rows[5], 1e-5, None)):
+        module = import_module(row["method"])
+        words = shlex.split(row["command"])[2:]
+        found = common.parse(module.Args, module.PRESETS, "", words)
+        assert (found.lr, getattr(found, "beta", None), found.optimizer) == (lr, beta, "adamw")
+        measured = tyro.cli(evaluate.Args, args=shlex.split(row["measured_by"])[2:])
+        assert measured.temperature == (1.0,) and measured.measure == ("a.py:f", "b.py:g")
+    for text, message in (("{", "settings"), ("[]", "object"), ('{"dqo": {}}', "'dqo' is not one")):
+        file.write_text(text)
+        with pytest.raises(common.UserError, match=message):
+            compare.plan(compare.Args(**args, settings=str(file)))
 
 
 def test_a_row_per_run_and_none_twice(fake, capsys):

@@ -29,7 +29,7 @@ ROWS = [
     swept(0.3, 0.48, 1.2, default=True),
     row("dpo", 1, 0.46, strength=0.3),
     row("start", None, 0.319, 0.0),
-    row("best-of-4", None, 0.437, None),
+    row("best-of-4", None, 0.437, None, best_of=4, measures=["kind"]),
 ]
 
 
@@ -45,7 +45,8 @@ def test_the_report(tmp_path):
         "reward, sampled",
         "KL from the start, nats per answer",
     ]
-    assert table[0][4:] == ["tokens per answer", "seconds"]  # greedy answers were not measured
+    # Greedy answers were not measured, and no row has the value of the extra measure.
+    assert table[0][4:] == ["tokens per answer", "seconds", "kind"]
     assert [line[:3] for line in table[2:]] == [
         ["start", "1", "0.319 (0.299 to 0.339)"],
         ["dpo", "2", "0.470 (0.460 to 0.480)"],
@@ -64,8 +65,10 @@ def test_the_report(tmp_path):
 def test_the_pictures_show_the_rows():
     dpo, kto = pictures.trade_off(ROWS, "sampled/kl").axes[:2]
     assert (dpo.get_title(), kto.get_title()) == ("dpo, by beta", "kto")
-    best, others, start, runs, sweep = (line.get_xydata().tolist() for line in dpo.lines)
-    assert {y for _, y in best} == {0.437}  # no KL: a line across
+    lines = [line.get_xydata().tolist() for line in dpo.lines]
+    best, others, start, runs, sweep, *bars = lines
+    assert best == [[0, 0.319], [pytest.approx(np.log(4) - 3 / 4), 0.437]]
+    assert bars[0] == [[4, pytest.approx(0.43)], [4, pytest.approx(0.47)]] and len(bars) == 3
     assert sorted(others) == [[1, 0.46], [1, 0.5], [1.2, 0.48]] and start == [[0, 0.319]]
     assert runs == [[1.2, 0.48], [1, 0.46]]  # by seed
     assert sweep == [[4, 0.45], [1.2, 0.48], [0.3, 0.4]]  # by strength

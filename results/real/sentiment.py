@@ -35,20 +35,21 @@ INSTRUCTIONS = (
 # measured on.
 TOPICS = """
 Monday mornings; traffic jams; rainy weekends; public libraries; airport queues; office meetings;
-school lunches; the dentist; night buses; old photographs; video calls; garden snails; cheap hotels;
-winter mornings; shopping centres; family dinners; homework; long flights; street musicians; tax forms;
-washing dishes; the local train station; birthday parties; job interviews; camping in the rain;
-cold coffee; museum visits; broken umbrellas; city pigeons; the neighbour's dog; gym memberships;
-cooking for one; power cuts; spelling tests; lost luggage; election posters; moving house;
-second-hand bicycles; hospital food; village markets; phone batteries; crowded beaches;
-black-and-white films; learning to drive; mosquito bites; alarm clocks; group projects; river walks;
-the weather forecast; instant noodles; paper maps; waiting rooms; elevator music; early winter
-sunsets; supermarket queues; new neighbours; board games; road works; used textbooks; ferry rides;
-parking tickets; open-plan offices; morning fog; school uniforms; frozen pizza; bus drivers;
-haircuts; printers; potholes; swimming lessons; tea without sugar; online shopping; stray cats;
-university exams; snow in April; karaoke nights; weekend shifts; apartment hunting; garage sales;
-music festivals; the first day of autumn; vending machines; hotel breakfasts; science fairs; leaf
-blowers; ironing shirts; pencil sharpeners; bowling alleys; thunderstorms; country roads
+school lunches; the dentist; night buses; old photographs; video calls; garden snails; cheap
+hotels; winter mornings; shopping centres; family dinners; homework; long flights; street
+musicians; tax forms; washing dishes; the local train station; birthday parties; job interviews;
+camping in the rain; cold coffee; museum visits; broken umbrellas; city pigeons; the neighbour's
+dog; gym memberships; cooking for one; power cuts; spelling tests; lost luggage; election posters;
+moving house; second-hand bicycles; hospital food; village markets; phone batteries; crowded
+beaches; black-and-white films; learning to drive; mosquito bites; alarm clocks; group projects;
+river walks; the weather forecast; instant noodles; paper maps; waiting rooms; elevator music;
+early winter sunsets; supermarket queues; new neighbours; board games; road works; used textbooks;
+ferry rides; parking tickets; open-plan offices; morning fog; school uniforms; frozen pizza; bus
+drivers; haircuts; printers; potholes; swimming lessons; tea without sugar; online shopping; stray
+cats; university exams; snow in April; karaoke nights; weekend shifts; apartment hunting; garage
+sales; music festivals; the first day of autumn; vending machines; hotel breakfasts; science
+fairs; leaf blowers; ironing shirts; pencil sharpeners; bowling alleys; thunderstorms; country
+roads
 """.replace("\n", " ").split(";")  # fmt: skip
 PARTS = {"train": slice(0, 60), "validation": slice(60, 66), "test": slice(66, 90)}
 
