@@ -7,6 +7,7 @@ Equations and exercises are in docs/methods.txt, numbers and curves in results/.
 import argparse
 import ast
 import difflib
+import json
 import re
 import shutil
 from collections import Counter
@@ -21,6 +22,7 @@ from pygments.lexers import DiffLexer, PythonLexer
 
 ROOT = Path(__file__).resolve().parent.parent
 
+HTML = HtmlFormatter()
 PAPER = r'<a href="https://arxiv.org/abs/\1">arXiv \1</a>'
 SYMBOLS = (
     "log exp sigmoid pi ref beta gamma lambda tau eps rho delta max min clip odds score".split()
@@ -29,6 +31,13 @@ SYMBOLS = (
 TABLE = (ROOT / "docs/methods.txt").read_text(encoding="utf-8")
 METHODS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", TABLE, re.M | re.S))
 
+RUNS = sorted((ROOT / "results/tiny/rows").glob("*.json"))
+ROWS = [json.loads(path.read_text(encoding="utf-8")) for path in RUNS]
+COLUMNS = {"sampled/reward": "reward, sampled", "greedy/reward": "reward, greedy"}
+COLUMNS |= {"sampled/kl": "KL, nats per answer", "seconds": "seconds"}
+SPECIAL = {"reward_model": ("sample-score-learn-tiny.md", "`python reward_model.py --seed S`")}
+BASE = {"nlpo": "ppo", "grpo": "rloo"}  # else dpo
+
 
 def symbols(text: str) -> Counter:
     """How often an equation contains each of SYMBOLS, in TeX or in plain text."""
@@ -36,9 +45,17 @@ def symbols(text: str) -> Counter:
     return Counter(found)
 
 
+def section(name: str, mark: str = "") -> list[str]:
+    """A method's equations in docs/methods.txt, or its lines that begin with this mark."""
+    lines = METHODS[name].strip().replace("\n  ", " ").split("\n")
+    if not mark:
+        return [line for line in lines if line[:2] not in ("* ", "- ")]
+    return [line[2:] for line in lines if line.startswith(f"{mark} ")]
+
+
 def equations(name: str, plain: str) -> str:
     """The method's TeX as MathML, if it has the symbols of the docstring's equation."""
-    tex = METHODS[name].split("\n- ")[0].replace("\n  ", " ")
+    tex = "\n".join(section(name))
     tex = re.sub(r"@\{(.*?)\}", r"\\log \\frac{\\pi(\1|x)}{\\ref(\1|x)}", tex)
     tex = re.sub(r"#\{(.*?)\}", r"\\log \\pi(\1|x)", tex)
     differ = symbols(plain) - symbols(tex) + (symbols(tex) - symbols(plain))
@@ -70,7 +87,7 @@ def prose(text: str) -> str:
             html.append(f"<pre>{block}</pre>")
         else:
             html += [f"<p>{p}</p>" for p in re.split(r"\n\n|\n(?=\d+\. )", block) if p.strip()]
-    linked = re.sub(r"arXiv\s+(\d{4}\.\d{5})", PAPER, "\n".join(html))
+    linked = re.sub(r"arXiv\s+(\d{4}\.\d{5})", PAPER, "\n".join(html).replace(" %", "&nbsp;%"))
     return re.sub(r"`([^`]+)`|(?<![\w-])(--[a-z][\w-]*)", r"<code>\1\2</code>", linked)
 
 
@@ -91,31 +108,73 @@ def pieces(part: str) -> list[tuple[list[str], list[str]]]:
 def core(name: str) -> list[str]:
     """Source lines of the loss and of main."""
     source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    nodes = [
-        n for n in ast.parse(source).body if getattr(n, "name", "") in (f"{name}_loss", "main")
-    ]
+    wanted = f"{name}_loss", "main"
+    nodes = [node for node in ast.parse(source).body if getattr(node, "name", "") in wanted]
     return "\n\n".join(ast.get_source_segment(source, node) for node in nodes).splitlines()
 
 
-def results(name: str) -> tuple[str, str]:
-    """The method's rows of the table of results with their source, and the path of its picture."""
-    text = (ROOT / "results/tiny/README.md").read_text(encoding="utf-8")
-    rows = re.findall(rf"^\| (?:method|start|{name}(?:, \S+)?) \|.*", text, re.M)
-    caption = "\n\n".join(re.findall(r"^(?:`python compare.py`|Mean over seeds).*", text, re.M))
-    picture = f"results/{name}-tiny.png"
-    if not (ROOT / picture).exists():
-        picture, caption = "results/tiny/curves.png", f"{caption} In the picture, DPO is grey."
-    if name == "reward_model":  # no policy: it has a table of its own
-        text = (ROOT / "results/sample-score-learn-tiny.md").read_text(encoding="utf-8")
-        caption, table = text[text.index("`python reward_model.py --seed S`") :].split("\n\n")[:2]
-        rows, picture = re.findall(r"^\| [^-].*", table, re.M), ""
-    cells = [escape(row.strip("| ")).replace(" | ", "<td>") for row in rows]
-    html = (
-        f'<div class="wide"><table><tr><td>{"<tr><td>".join(cells)}</table></div>{prose(caption)}'
+def table(lines: list[list[str]]) -> str:
+    cells = ["<tr><td>" + "<td>".join(escape(cell) for cell in line) for line in lines]
+    return f'<div class="wide"><table>{"".join(cells)}</table></div>'
+
+
+def mean(runs: list[dict], key: str) -> str:
+    """The mean (smallest to largest), or of a single run the value (95 % interval)."""
+    found = [run["measured"].get(key, {"value": run.get(key)}) for run in runs]
+    values = [x["value"] for x in found]
+    if None in values:
+        return "-"
+    low, high = (min(values), max(values)) if len(runs) > 1 else map(found[0].get, ("low", "high"))
+    digits = 0 if key == "seconds" else 3
+    text = f"{sum(values) / len(values):,.{digits}f}"
+    return text if low is None else f"{text} ({low:,.{digits}f} to {high:,.{digits}f})"
+
+
+def chart(title: str, key: str, ticks: list[float], curves: list[list[dict]]) -> str:
+    """An SVG of these curves. docs/style.css colours the last one."""
+    scale = 150 / (ticks[-1] - ticks[0])
+    svg = f'<text x="40" y="12">{title}</text><text x="40" y="190">0</text>'
+    svg += f'<text x="320" y="190" text-anchor="end">step {curves[-1][-1]["step"]}</text>'
+    for tick in ticks:
+        y = 172 - scale * (tick - ticks[0])
+        svg += f'<path d="M40 {y:.0f}h280"/><text x="12" y="{y + 4:.0f}">{tick}</text>'
+    for points in curves:
+        xs = [40 + 280 * point["step"] / points[-1]["step"] for point in points]
+        ys = [172 - scale * (point[key] - ticks[0]) for point in points]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
+        svg += f'<polyline points="{line}"/>'
+    return f'<svg viewBox="0 0 330 196" role="img" aria-label="{title}">{svg}</svg>'
+
+
+def results(name: str) -> str:
+    """Tables and curves of the method's runs on the embedded task."""
+    if not any(row["method"] == name for row in ROWS):  # it has a table in a page of its own
+        page, start = SPECIAL.get(name, (f"{name}-tiny.md", ""))
+        text = (ROOT / "results" / page).read_text(encoding="utf-8")
+        before, rows = re.search(r"([^\n]+)\n\n((?:\|.*\n)+)", text[text.index(start) :]).groups()
+        cells = [row.strip("| ").split(" | ") for row in rows.splitlines() if row[2] != "-"]
+        return table(cells) + prose(before)
+    lines, curves = [["", "runs", *COLUMNS.values()]], []
+    start = next(row["measured"] for row in ROWS if row["method"] == "start")
+    origin = {"step": 0, "kl": 0.0, "reward": start["sampled/reward"]["value"]}
+    for method in dict.fromkeys(["start", "dpo", name]):
+        rows = [r for r in ROWS if r["method"] == method and (r["default"] or method == name)]
+        for strength in sorted({row["strength"] or 0 for row in rows}):
+            runs = [row for row in rows if (row["strength"] or 0) == strength]
+            knob = f", {runs[0]['knob']} {strength:g}" if strength else ""
+            knob += " (default)" if method == name and runs[0]["default"] else ""
+            lines.append([f"{method}{knob}", str(len(runs)), *(mean(runs, key) for key in COLUMNS)])
+        curves += [[origin, *row["curve"]] for row in rows if row["curve"] and row["default"]]
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    caption = (
+        "Mean over seeds (smallest to largest); of a single run its value (95 % interval). Runs of "
+        f"compare.py, commit {commits}, {rows[0]['date']}, {rows[0]['hardware']}; seconds say "
+        "little, because two ran at a time. Commands: results/tiny/rows in the repository."
     )
-    if picture:
-        html += f'<img src="{Path(picture).name}" alt="Curves of the run">'
-    return html, picture
+    about = "Curves: seed 0, on fewer questions." + " Grey: dpo.py." * (name != "dpo")
+    reward = chart("reward, sampled", "reward", [0.3, 0.4, 0.5, 0.6], curves)
+    kl = chart("KL from the start, nats per answer", "kl", [0, 1, 2, 3, 4], curves)
+    return table(lines) + prose(caption) + reward + kl + prose(about)
 
 
 def write_page(file: Path, title: str, body: str) -> None:
@@ -144,18 +203,20 @@ def write_method(name: str, output: Path) -> tuple[str, str]:
         added = [text for start, text in prose_of.items() if part.startswith(start)]
         for comments, lines in pieces(part):
             left = prose("\n\n".join(["\n".join(comments), *(added.pop() if added else [])]))
-            right = highlight(
-                "\n".join(lines).rstrip(), PythonLexer(stripnl=False), HtmlFormatter()
-            )
+            right = highlight("\n".join(lines).rstrip(), PythonLexer(stripnl=False), HTML)
             rows.append(f'<div class="prose">{left}</div>\n{right}')
 
     maths = equations(name, plain)
-    table, picture = results(name)
-    if picture:
-        shutil.copy(ROOT / picture, output)
-    diff = difflib.unified_diff(core("dpo"), core(name), "dpo.py", f"{name}.py", lineterm="")
-    diff = highlight("\n".join(diff) or "This is the base.", DiffLexer(), HtmlFormatter())
-    exercises = METHODS[name].strip().split("\n- ")[1:]
+    runs, base = results(name), BASE.get(name, "dpo")
+    picture = f"{name}-tiny.png"
+    if (ROOT / "results" / picture).exists():
+        shutil.copy(ROOT / "results" / picture, output)
+        runs += f'<img src="{picture}" alt="Metrics of a run">'
+    diff = difflib.unified_diff(core(base), core(name), f"{base}.py", f"{name}.py", lineterm="")
+    diff = highlight("\n".join(diff) or "This is the base.", DiffLexer(), HTML)
+    published = "".join(f"<li>{prose(text)[3:-4]}" for text in section(name, "*"))
+    if published:
+        published = f"<h2>Published numbers</h2>\n<ul>{published}</ul>"
     body = f"""<nav><a href="index.html">All methods</a></nav>
 <h1>{name}.py</h1>
 {prose(title)}
@@ -165,11 +226,12 @@ def write_method(name: str, output: Path) -> tuple[str, str]:
 <h2>The file</h2>
 <div class="grid">{chr(10).join(rows)}</div>
 <h2>Its run on the embedded task</h2>
-{table}
-<h2>What differs from dpo.py, in the loss and in main</h2>
+{runs}
+{published}
+<h2>What differs from {base}.py, in the loss and in main</h2>
 {diff}
 <h2>Exercises</h2>
-{prose(chr(10).join(f"{i}. {text}" for i, text in enumerate(exercises, 1)))}"""
+{prose(chr(10).join(f"{i}. {text}" for i, text in enumerate(section(name, "-"), 1)))}"""
     write_page(output / f"{name}.html", f"{name}.py", body)
     return title, maths
 
@@ -186,7 +248,8 @@ def build(output: Path) -> None:
     style = (ROOT / "docs/style.css").read_text(encoding="utf-8")
     colours = f"{light}\n@media (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
     (output / "style.css").write_text(colours + style, encoding="utf-8")
-    body = "<h1>Annotated methods</h1>\n<p>The prose of each file next to its code.</p>"
+    body = "<h1>Annotated methods</h1>\n<p>For each method: its prose next to its "
+    body += "code, its runs on the embedded task, published numbers, and exercises.</p>"
     for name in METHODS:
         title, maths = write_method(name, output)
         body += f'\n<h2><a href="{name}.html">{name}.py</a></h2>\n{prose(title)}\n{maths}'

@@ -32,8 +32,21 @@ def test_every_line_is_on_the_page(site, name):
     source = (ROOT / f"{name}.py").read_text("utf-8").replace('"""', "\n")
     lines = {plain(line.strip().removeprefix("# ")) for line in source.splitlines()}
     assert [line for line in lines if line not in text] == []
-    exercises = build_site.METHODS[name].strip().split("\n- ")[1:]
-    assert "<math" in html and all(plain(exercise) in text for exercise in exercises)
+    added = build_site.section(name, "*") + build_site.section(name, "-")
+    assert "<math" in html and all(plain(line) in text for line in added)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_results_are_on_the_page(site, name):
+    """A table of runs; curves, unless its runs have none; published numbers with their source."""
+    html = (site / f"{name}.html").read_text("utf-8")
+    rows = [row for row in build_site.ROWS if row["method"] == name and row["default"]]
+    assert "<table>" in html and html.count("<svg") == (2 if rows else 0)
+    if rows:
+        rewards = [row["measured"]["sampled/reward"]["value"] for row in rows]
+        assert f"<td>{sum(rewards) / len(rewards):.3f} ({min(rewards):.3f} to " in html
+    for line in build_site.section(name, "*"):
+        assert re.search(r"arXiv \d|README of github|documentation|\(there\)|\(its ", line), line
 
 
 def test_links_lead_somewhere(site):
@@ -48,7 +61,7 @@ def test_links_lead_somewhere(site):
 @pytest.mark.parametrize("name", METHODS)
 def test_exercises_are_concrete(name):
     """Three each; their flags and functions exist."""
-    exercises = build_site.METHODS[name].strip().split("\n- ")[1:]
+    exercises = build_site.section(name, "-")
     source = (ROOT / f"{name}.py").read_text("utf-8")
     assert len(exercises) == 3
     others = ["common.py", *re.findall(r"\w+\.py", "\n".join(exercises))]
