@@ -129,9 +129,7 @@ class Row:
 
 
 def load_rows(args: Any, tokenizer: Any, kind: str, **how: bool) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows for a method that takes rows of this kind: pair, ranked, labelled,
-    demonstration or prompt. A row that cannot be used ends the run here.
-    """
+    """Training and held-out rows of one kind: pair, ranked, labelled, demonstration or prompt."""
     if reader := optional_module("data.rows"):
         return reader.load(args, tokenizer, kind, Row, from_main, **how)
     # Without the folder data/: a .jsonl of texts that fit into --max-length.
@@ -510,8 +508,7 @@ class Run(Processes):
             steps = f"steps {self.step - 2} to {self.step}"
             raise UserError(f"no finite gradient in {steps}: lower --lr ({self.folder})")
         self.log_sizes = {file.name: file.stat().st_size for file in self.folder.glob("*.jsonl")}
-        every = self.args.save_every
-        if self.step == self.total_steps or (finite and every and self.step % every == 0):
+        if self.step == self.total_steps or (finite and self.due(self.args.save_every)):
             self.save()
         self.stop_if_asked()  # after a signal
 
@@ -537,26 +534,29 @@ class Run(Processes):
         return tensors
 
     def save(self) -> None:
-        """Write a checkpoint to a temporary folder and rename it: it is complete or absent."""
-        final, temporary = self.folder / f"checkpoint-{self.step}", self.folder / "tmp-checkpoint"
-        if from_main(final.exists):
+        if from_main((self.folder / f"checkpoint-{self.step}").exists):
             return
         full = {}
         for name, tensor in self.checkpoint_tensors().items():  # with --fsdp all take part
             tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             full |= {name: tensor.detach().cpu().contiguous()} if MAIN_PROCESS else {}
+        facts = {"step": self.step, "skipped": self.skipped, "state": self.state}
+        facts |= {"logs": self.log_sizes, "made_from": self.made_from}
         if MAIN_PROCESS:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            save_file(full, temporary / "state.safetensors")
-            facts = {"step": self.step, "skipped": self.skipped, "state": self.state}
-            facts |= {"logs": self.log_sizes, "made_from": self.made_from}
-            (temporary / "state.json").write_text(json.dumps(facts))
-            if details := optional_module("training.checkpoint"):
-                details.seal(temporary, full)  # checks, checksums, fsync
-            temporary.rename(final)
-            for old in self.checkpoints()[max(1, self.args.keep_last) :]:
-                shutil.rmtree(old)
+            self.write_checkpoint(full, self.step, json.dumps(facts))  # on GPUs in the background
+
+    def write_checkpoint(self, full: dict[str, Tensor], step: int, facts: str) -> None:
+        """Write to a temporary folder and rename it: a checkpoint is complete or absent."""
+        temporary = self.folder / "tmp-checkpoint"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save_file(full, temporary / "state.safetensors")
+        (temporary / "state.json").write_text(facts)
+        if details := optional_module("training.checkpoint"):
+            details.seal(temporary, full)  # checks, checksums, fsync
+        temporary.rename(self.folder / f"checkpoint-{step}")
+        for old in self.checkpoints()[max(1, self.args.keep_last) :]:
+            shutil.rmtree(old)
 
     def checkpoints(self) -> list[Path]:
         """Newest first."""

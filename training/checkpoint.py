@@ -6,11 +6,35 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 log = logging.getLogger("plainpref")
+
+
+class BackgroundWriter:
+    """Calls `write` in a thread, so that training continues. The tensors must be copies. An error
+    is raised by the next call, or by wait(). Python ends only after the last write.
+    """
+
+    def __init__(self, write: Callable[..., None]):
+        self.write, self.pool = write, ThreadPoolExecutor(1)
+        self.pending: Future | None = None
+
+    def __call__(self, tensors: dict[str, Tensor], *facts: Any) -> None:
+        self.wait()
+        # The optimizer's step counters may be on the CPU: then they are no copies.
+        tensors = {name: x.clone() if x.numel() == 1 else x for name, x in tensors.items()}
+        self.pending = self.pool.submit(self.write, tensors, *facts)
+
+    def wait(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending:
+            pending.result()
 
 
 def seal(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -23,6 +23,8 @@ def finish(
     compute_logps: Callable,
     make_row: Callable,
 ) -> None:
+    if wait := getattr(run.write_checkpoint, "wait", None):
+        wait()  # for the last checkpoint
     model.export(policy, tokenizer, run)
     if run.args.dataset.split(":")[0] == "family" and measured is None:
         torch.manual_seed(run.args.seed)  # tiny-untrained is made again, with the same weights

@@ -202,7 +202,13 @@ def ready(run: Any) -> None:
         how = run.largest | {"world": run.world, "cuda": run.device.type == "cuda"}
         say("memory", f"{memory.estimate(run.policy.config, run.args, **how)} at the longest rows")
 
+    writer = None
+    if run.device.type != "cpu":  # there the checkpoint's tensors are copies
+        writer = run.write_checkpoint = checkpoint.BackgroundWriter(run.write_checkpoint)
+
     def save() -> None:
+        if writer:
+            writer.wait()  # perhaps this step is being written
         if run.in_step:  # the signal may have come while weights were gathered
             from training import fsdp
 
