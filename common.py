@@ -1,8 +1,8 @@
 """What every method file shares: arguments, rows, batches, log-probs, the run.
 
 A row is a prompt and its K responses; a method is a loss on the (B, K) log-probs of responses.
-What a paper has an opinion about is in the method files; what only some runs need is in a folder.
-A file for pairs, this file, a .jsonl of texts and a local model train, resume and export alone.
+What a paper specifies is in the method files; what only some runs need is in a folder. This file
+and a method file for pairs are enough to train a local model on a .jsonl of texts.
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13, transformers 5.23.
 """
@@ -291,7 +291,7 @@ def plain_layout(rows: list[Row], K: int, width: int) -> tuple:
 
 
 def collate_for(policy: Policy, rows: list[Row], indexes: list[int], mean_length: float = 0.0):
-    """In the layout that is cheaper for this policy."""
+    """Collate rows in the layout that is cheaper for this policy."""
     shared = policy.share_prompt and optional_module("kernels.shared_prompt")
     share = shared and shared.sharing_pays([rows[i] for i in indexes], policy.config)
     batch = collate(rows, indexes, policy.lm.device, policy.config if share else None)
@@ -299,7 +299,7 @@ def collate_for(policy: Policy, rows: list[Row], indexes: list[int], mean_length
 
 
 def micro_batches(lengths: list[int], indexes: Iterable[int], size: int) -> list[list[int]]:
-    """Rows of similar length together, so that there is little padding."""
+    """Group rows of similar length, so that there is little padding."""
     ordered = sorted(indexes, key=lambda i: -lengths[i])
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
@@ -375,7 +375,7 @@ def lr_factor(schedule: str, warmup_ratio: float, total: int, step: int) -> floa
 
 
 def sum_gradients(module: nn.Module) -> None:
-    """Over all processes, in a fixed order. (With --fsdp the backward pass has summed them.)"""
+    """Sum over all processes, in a fixed order. (With --fsdp the backward pass has done it.)"""
     if parallel:
         parallel.sum_gradients([p for p in module.parameters() if p.requires_grad])
 
@@ -392,7 +392,7 @@ def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
 
 # -------------------- The run
 class Run(Processes):
-    """Which rows when, metrics, checkpoints, the exported model."""
+    """The order of the rows, metrics, checkpoints, and the exported model."""
 
     def __init__(self, args: Args):
         super().__init__()
@@ -402,7 +402,7 @@ class Run(Processes):
         self.folder = Path(args.output_dir or f"runs/{self.script.stem}")
         self.step = self.total_steps = self.skipped = 0
         self.saw_nonfinite = False  # an update of this step was skipped
-        self.log_sizes: dict[str, int] = {}  # bytes after the last step: a resume cuts the rest
+        self.log_sizes: dict[str, int] = {}  # bytes after the last step; a resume removes the rest
         self.sums: dict[str, list] = {}  # metric -> [sum, count] since the last step
         self.state: dict[str, Any] = {}  # what else a method needs after a resume, as JSON
         self.made_from: dict[str, str] = {}  # flag -> digest of what it names: a resume checks it
@@ -429,7 +429,7 @@ class Run(Processes):
             folders.planned(self, train)
 
     def step_rows(self, step: int) -> list[list[int]]:
-        """A step's micro-batches; process r takes every world-th of them from the r-th on."""
+        """A step's micro-batches. Process r takes those at r, r + world, r + 2 world, ..."""
         epoch, at = divmod(step, self.steps_per_epoch)
         order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.lengths))
         size = self.args.batch_size
