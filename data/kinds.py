@@ -71,7 +71,7 @@ def _columns(row: dict) -> str:
 
 
 def _refusal(row: dict, found: str | None, kind: str) -> str:
-    """Which columns a row lacks of the nearest kind that is taken here, or who takes its own."""
+    """Which columns the row lacks of the nearest usable kind, or which script takes its kind."""
 
     def shared(kind: str) -> int:
         return sum(name in row for name in KINDS[kind] if name != "prompt")
@@ -152,7 +152,7 @@ def _from_best(ranked: list[tuple[float, Any]], kind: str, pairs: str) -> list[d
     return [
         {"chosen": better, "rejected": worse}
         for (high, better), (low, worse) in chosen
-        if high > low  # of equally good responses none was preferred
+        if high > low  # no preference between equally good responses
     ]
 
 

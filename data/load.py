@@ -95,7 +95,7 @@ def _parts(dataset: str) -> tuple[str, str | None, str | None]:
 
 
 def find_published(dataset: str, kind: str) -> tuple[Source, Path | None] | None:
-    """A published set by its short name or hub id, narrowed to what is asked for, and a copy."""
+    """A published set by its short name or hub id, narrowed to the wanted parts, and a copy."""
     head, equals, path = dataset.partition("=")
     name, config, split = _parts(head)
     offered = [source for source in SOURCES if name.lower() in (source.name, source.repo.lower())]
@@ -263,7 +263,7 @@ def _read_hub(dataset: str, split: str) -> Iterator[tuple[str, dict]]:
 
 
 def hub_failure(error: BaseException, repo: str, what: str, revision: str | None = None) -> str:
-    """Why the hub did not give a "model" or "dataset", and what to do about it."""
+    """Why a "model" or "dataset" could not be downloaded, and what to do about it."""
     shown = re.sub(r"hf_\w+", "hf_...", " ".join(str(error).split()))[:300]  # no access tokens
     text = ""
     while error is not None:  # libraries wrap the hub's errors

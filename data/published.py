@@ -1,4 +1,4 @@
-"""Published data sets: where each is, and how a row as published becomes a row of ours.
+"""Published data sets: where each is, and how its rows become ours.
 
 Each function takes a published row and `fits` (is this text short enough for a prompt?). It returns
 a row with the columns of kinds.KINDS, a list of rows, or a LeftOut with the reason, and leaves out

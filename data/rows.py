@@ -58,7 +58,7 @@ def read(
     whole_text: bool = False,  # demonstrations: train on the prompt too
     with_target: bool = False,  # pairs: the row's `target` is a third response
 ) -> list:
-    """Rows of token ids. Rows that cannot be used end the run, or are counted and left out."""
+    """Rows of token ids. Unusable rows stop the run, or are left out and counted."""
     theirs = parse_columns(getattr(args, "columns", None))
     # The embedded task holds samples as its model wrote them, special tokens included.
     raw = getattr(args, "chat_template", "auto") == "none" or dataset.split(":")[0] == "family"
@@ -206,7 +206,7 @@ def _tokenise(
 
 
 def cut_prompt(prompt: Any, length: int, tokenizer: Any) -> Any:
-    """Of a prompt (list or array) that is too long, keep BOS and the end: there is the question."""
+    """Cut a prompt (list or array) that is too long: keep BOS, and its end with the question."""
     start, rest = len(tokenizer.bos), len(prompt) - length + len(tokenizer.bos)
     if len(prompt) <= length:
         return prompt

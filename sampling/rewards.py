@@ -1,5 +1,5 @@
-"""What gives a response a score: a reward model, two language models a@b, the embedded task's true
-reward, or a function of yours.
+"""Rewards: a reward model, two language models a@b, the embedded task's true reward, or your own
+function.
 
 A language model that learned from preferences is a reward model too (Rafailov et al. 2023, section
 5): `--reward a@b` scores a response with beta (log a(y|x) - log b(y|x)), where b is the reference
@@ -205,7 +205,7 @@ def _function_of(file: str, name: str, named: str) -> Callable[[list[str], list[
 
 
 def contents_of(name: str) -> dict[str, str]:
-    """Return file -> hash of all that a model or reward is made of; nothing for a hub id."""
+    """Return file -> hash for all files of a model or reward; empty for a hub id."""
     found = {Path(task.__file__ if name == "family" else name.rpartition(":")[0]).expanduser()}
     for part in (name, *name.split("@")):
         for pattern in ("*.safetensors", "*config.json", "tokenizer.json"):

@@ -76,7 +76,7 @@ def load_score_model(
 
 
 def labels_of(model: str, named: str = "--model") -> int:
-    """Return how many numbers a model gives; 0 for a language model."""
+    """Return the number of outputs of a model; 0 for a language model."""
     if model == "tiny-untrained":
         return 0
     from transformers import AutoConfig

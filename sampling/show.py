@@ -17,7 +17,7 @@ def end_of(text: str, most: int = 400) -> str:
 
 
 def show(answers: list[tuple[str, str, str]]) -> None:
-    """Print (whose it is, facts about it, the answer) of one model or of several."""
+    """Print (model, facts, answer) for one model or several."""
     answers = [
         (title, facts, printable(text, "\n\t").expandtabs(4)) for title, facts, text in answers
     ]

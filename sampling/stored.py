@@ -88,7 +88,7 @@ def sample_and_score(
 
 
 def settle(file: Path, make_facts: Any) -> dict[str, Any]:
-    """Return the facts behind the run's samples. A run that has learned from them keeps them."""
+    """Return the facts behind the run's samples. A run that has begun to learn keeps them."""
     facts = json.loads(json.dumps(make_facts()))
     if not file.is_file() or not any(file.parent.glob("checkpoint-*")):
         file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

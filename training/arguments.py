@@ -88,7 +88,7 @@ def parse(args_class: type, presets: dict[str, dict], about: str, argv: list | N
 
 
 def fail(text: str) -> None:
-    """Exit as a command does that was called wrongly. The main process prints why."""
+    """Exit with status 2, for a wrong command line. Only the main process prints why."""
     if MAIN_PROCESS:
         print(f"error: {text}", file=sys.stderr, flush=True)
     else:
@@ -104,7 +104,7 @@ def in_one_line(box: str) -> str:
 
 
 def explain(word: str, argv: list[str], defaults: dict[str, Any]) -> str:
-    """What to write instead of a word that tyro does not know."""
+    """What to write instead of a word that is no flag."""
     switches = {name for name, default in defaults.items() if isinstance(default, bool)}
     names = [*defaults, *(f"no_{name}" for name in switches)]
     if not word.startswith("-"):

@@ -102,7 +102,7 @@ def copy_into(tensor: Tensor, source: Any) -> None:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every process."""
+    """The full tensor, on every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -6,7 +6,7 @@
 on every linear layer except the head. B starts at 0, so the policy before its first step is the
 model that it was made from, and so is its reference. There is no dropout, for the same reason.
 A learning rate published for full training is usually too low for LoRA: Schulman et al. ("LoRA
-Without Regret", 2025) found about ten times as much to be best.
+Without Regret", 2025) found a tenfold rate to be best.
 """
 
 import shutil
@@ -66,7 +66,7 @@ def add(
 
 @contextmanager
 def off(lm: nn.Module) -> Iterator[None]:
-    """Inside this context the model is the one that it was made from: the reference."""
+    """Inside this context the adapters are off: the model is its own reference."""
     layers = [module for module in lm.modules() if hasattr(module, "_disable_adapters")]
     for layer in layers:
         layer._disable_adapters = True
@@ -99,7 +99,7 @@ def merged(lm: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def state(lm: nn.Module) -> dict[str, Tensor]:
-    """The adapters alone, with peft's names. With --fsdp every process must take part."""
+    """Only the adapters, with peft's names. With --fsdp every process must take part."""
     return {
         f"base_model.model.{name}".replace(".default.", "."): _full(p.detach()).cpu()
         for name, p in _trained(lm).items()

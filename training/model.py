@@ -1,4 +1,4 @@
-"""Loading a model for training or for being asked only, and exporting it.
+"""Load a model, trained or frozen, and export it.
 
 What a model needs beyond `from_pretrained`: the right attention, a check that its head is one that
 we compute exactly, adapters, sharding, recomputed activations, compiled layers.
@@ -205,7 +205,7 @@ def layers_of(lm: nn.Module) -> nn.ModuleList:
 
 
 def weights_digest(lm: nn.Module) -> str:
-    """Of every weight: the sum of its bits, and some of its numbers."""
+    """A digest of every weight: the sum of its bits, and some of its numbers."""
     digest = hashlib.sha256()
     for name, p in lm.named_parameters():
         integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[p.element_size()]

@@ -1,4 +1,4 @@
-"""Several processes, as torchrun starts them: exchanges, and the signals that ask for a stop."""
+"""Several processes, as torchrun starts them: exchanges, and signals that stop a run."""
 
 import hashlib
 import logging
@@ -171,7 +171,7 @@ def broadcast(tensors: list[Tensor]) -> None:
 
 
 def sum_gradients(parameters: list[nn.Parameter], bucket_bytes: int = 2**26) -> None:
-    """In a fixed order, in buckets, so that little extra memory is needed."""
+    """Sum gradients in a fixed order, in buckets, so that little extra memory is needed."""
     bucket: list[Tensor] = []
     # With --fsdp the backward pass has summed them.
     for p in parameters:

@@ -158,7 +158,7 @@ def _measured_lines(m: dict) -> list[str]:
 
 
 def next_commands(folder: Path, script: str, model: str) -> list[str]:
-    """To paste into the same shell."""
+    """Commands to paste into the same shell."""
     scripts = Path() if Path.cwd() == HOME else HOME
 
     def command(script: str, *words: Any) -> str:

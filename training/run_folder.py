@@ -90,7 +90,7 @@ def describe_settings(args: Any) -> str:
 
 
 def default_name(args: Any, script: Path) -> str:
-    """The script, and the flags that were set to something else than their default:
+    """The script, and the flags that differ from their defaults:
     dpo-smollm2-pairs-beta0.2 of --model ~/smollm2 --dataset pairs.jsonl --beta 0.2.
     """
     preset, parts = getattr(args, "preset", {}), [script.stem]
@@ -137,7 +137,7 @@ def start(run: Any) -> None:
 
 
 def fit_batch_size(args: Any, rows: int, shares: int) -> None:
-    """Refuse a batch that does not fit, or lower one that was not asked for."""
+    """Refuse a batch larger than the data set; lower it if it is only the default."""
     if rows < args.batch_size and "batch_size" not in getattr(args, "given", ["batch_size"]):
         args.batch_size = max(1, rows // 8 // shares) * shares
         say("", f"only {rows:,} training rows: --batch-size {args.batch_size}")
@@ -282,7 +282,7 @@ def open_for(run: Any) -> tuple[Path, bool]:
 
 
 def _unused(folder: Path, run: Any) -> bool:
-    """Whether a run was prepared here that failed, or was killed, before it had done anything."""
+    """Whether a run failed or was killed here before its first result."""
     ours = {".lock", "run.json", *(file.name for file in sources(run))}
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= ours
 
@@ -303,7 +303,7 @@ def _read_record(folder: Path) -> dict | None:
 
 
 def _lock(folder: Path) -> Any:
-    """Two runs in one folder would write over each other."""
+    """Lock the folder: two runs in it would overwrite each other's files."""
     try:
         import fcntl
 

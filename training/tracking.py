@@ -12,7 +12,7 @@ log = logging.getLogger("plainpref")
 
 
 def check(kind: str) -> None:
-    """Before anything is loaded: is the package installed, and does W&B have a key?"""
+    """Check, before anything is loaded, that the package is installed and that W&B has a key."""
     if kind == "none":
         return
     try:

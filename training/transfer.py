@@ -1,4 +1,4 @@
-"""Copies to a GPU that the host does not wait for."""
+"""Copy tensors to a GPU without making the host wait."""
 
 import numpy as np
 import torch
