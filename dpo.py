@@ -2,10 +2,10 @@
 
     L = - E_(x, y_w, y_l) [ log sigmoid( beta log pi(y_w|x)/ref(y_w|x)  -  beta log pi(y_l|x)/ref(y_l|x) ) ]      (eq. 7)
 
-The policy that maximises reward minus beta times the KL from ref has the reward beta log pi/ref, up to a term that depends
-on x only (eq. 5). Put into the Bradley-Terry model of preferences, this turns reward learning into a classification loss on
-the policy itself. beta is not a factor on the loss: it sets how far log pi/ref has to move (about 1/beta nats) before a pair
-counts as learned. A small beta allows a large KL. Start from a fine-tuned model (sft.py), as the paper does.
+If pi maximises a reward minus beta times the KL from ref, that reward is beta log pi/ref, up to a term that depends on x only
+(eq. 5). With the Bradley-Terry model of preferences, this turns reward learning into a classification loss on the policy itself.
+beta does not scale the loss: it sets how far log pi/ref has to move (about 1/beta nats) before a pair counts as learned. A small
+beta allows a large KL. Start from a fine-tuned model (sft.py), as the paper does.
 
     paper                    code
     x, y_w, y_l              a row: the prompt, its first response (chosen), its second (rejected)
@@ -18,8 +18,8 @@ Options and departures
 1. --label-smoothing e (cDPO: Mitchell, "A note on DPO with noisy preferences", 2023): a label is wrong with probability e,
    so the loss is (1-e) * loss + e * (loss with the two answers exchanged).
 2. --gamma (DPO-gamma): a target margin as in SimPO's eq. 5, log sigmoid(reward difference - gamma). 0 is the paper. With
-   label smoothing, the exchanged term has the margin too: log sigmoid(-difference - gamma). CPO_SIMPO and the thesis behind
-   the gemma, tinyllama and eurollm presets write +gamma there, which changes the loss of a pair by up to 2 e gamma.
+   label smoothing, the exchanged term has the margin too: log sigmoid(-difference - gamma). The code of CPO_SIMPO and of the thesis
+   behind the gemma, tinyllama and eurollm presets has +gamma there, which changes the loss of a pair by up to 2 e gamma.
 3. The paper keeps the reference in memory. Here its log-probs are computed once, before the first step: the same numbers,
    one forward pass per step instead of two, and no second model.
 4. The text of that thesis says RMSprop; its code runs AdamW with weight decay 0.05 and 150 warm-up steps. The presets follow

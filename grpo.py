@@ -1,6 +1,6 @@
 """GRPO: Group Relative Policy Optimization. Shao et al. 2024, arXiv 2402.03300 (DeepSeekMath).
-Also what DAPO (Yu et al. 2025, arXiv 2503.14476) and Dr. GRPO (Liu et al. 2025, arXiv 2503.20783)
-changed in it: --clip-high, --normalise.
+With the changes of DAPO (Yu et al. 2025, arXiv 2503.14476) and Dr. GRPO (Liu et al. 2025, arXiv
+2503.20783): --clip-high, --normalise.
 
     A_i    = ( r_i - mean of r_1 ... r_G ) / ( their standard deviation )                 section 4.1.2
     L      = - E_i [ 1/|o_i| sum_t ( min( rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i ) - beta D_it ) ]   eq. 3
@@ -8,11 +8,12 @@ changed in it: --clip-high, --normalise.
     D_it   = ref/pi - log(ref/pi) - 1,  both of o_it given s_it                            equation 4
 
 Sample a group of G responses to a question and score them. Push the probability of each token of a
-response up or down, by how many standard deviations its score is above or below the mean of its
-group. PPO's value network predicts the expected score; here it is the mean of the group. The KL is not part of the
-reward but a term of the loss, D (k3): a one-token estimate that is never negative. Its gradient
-is, on average over sampled tokens, that of KL(ref || pi), not of KL(pi || ref). A group whose
-scores are all equal teaches nothing but this term; val/equal_groups is the share of such groups.
+response up or down, in proportion to how many standard deviations its score is above or below the
+mean of its group. PPO predicts the expected score with a value network; here it is the group's mean.
+The KL is not part of the reward but a term of the loss, D (k3): a one-token estimate that is never
+negative. Its gradient is, on average over sampled tokens, that of KL(ref || pi), not of
+KL(pi || ref). From a group with equal scores only this term learns; val/equal_groups is the share
+of such groups.
 
     paper                    here
     q, o_i, s_it, G          prompt; response; prompt and the tokens before o_it; samples (group size)
@@ -25,7 +26,7 @@ scores are all equal teaches nothing but this term; val/equal_groups is the shar
 
 --normalise chooses (a) what divides an advantage, (b) the weight of a token in an update of N responses:
     grpo       (a) the group's deviation: groups count alike whether scores differ much or little
-               (b) 1 / (N |o_i|): each response counts once, so long bad responses get off lightly
+               (b) 1 / (N |o_i|): each response counts once, so tokens of long bad responses are pushed down less
     dapo       (a) the same   (b) 1 / (tokens of all N): each token counts once
     dr-grpo    (a) nothing    (b) 1 / (N T_max), T_max the longest allowed response: a constant. Apart from
                constants and the KL, this is the gradient of rloo.py: no bias by length or difficulty
@@ -35,25 +36,27 @@ Departures
    that rounding gives no advantage. DAPO resamples until no group of a batch is equal; we keep them.
 2. --kl-coef 0, as in DAPO and Dr. GRPO, loads no reference and logs no KL (unless --ref-model is
    given). Their reward is a rule, which is hard to cheat. With a reward model, keep a KL.
-3. DAPO's equation averages over the tokens of a group, its code over those of a minibatch; we follow
-   the code. Left out: dual clip 10 of DAPO's script (its 10 warm-up steps are 20 in the paper and here),
-   Adam's beta2 0.95 of Dr. GRPO's.
-4. A response without an end scores -missing_eos_value: keep that below the reward's usual scores, or
-   never ending is best. (Its room is --max-length minus --max-prompt-length.) DeepSeekMath has no such rule. DAPO (section 3.4, eq. 13) subtracts 1, and up
-   to 1 from long finished responses: for that, put a penalty into your --reward and use
-   --missing-eos keep (with `replace` the reward of a cut response is discarded). Dr. GRPO's script gives 0.
+3. DAPO's equation averages over the tokens of a group, its code over those of a minibatch; we
+   follow the code. Left out: dual clip 10 of DAPO's script (its 10 warm-up steps are 20 in the
+   paper and here), Adam's beta2 0.95 of Dr. GRPO's.
+4. A response without an end after --max-length - --max-prompt-length tokens scores
+   -missing_eos_value: keep that below the reward's usual scores, or never ending is best.
+   DeepSeekMath has no such rule. DAPO (section 3.4, eq. 13) subtracts 1, and up to 1 from long
+   finished responses: for that, put a penalty into your --reward and use --missing-eos keep (with
+   `replace` the reward of a cut response is discarded). Dr. GRPO's script gives 0.
 5. pi_old is computed by the forward pass of training, not kept from sampling: ratios of the first
-   minibatch are 1. A warning appears if one is more than 0.01 off. The reference is fixed: each of the paper's outer
-   iterations, which start from a new reference, is a new run.
+   minibatch are 1. A warning appears if one is more than 0.01 off. The reference is fixed: each of
+   the paper's outer iterations, which start from a new reference, is a new run.
 6. The KL is the paper's. TRL 1.16 by default multiplies it by the ratio.
 7. --batch-size counts prompts; a step has `samples` times as many responses. --micro-batch-size
    counts responses: a group may be split, its advantages are computed before.
 
 Healthy: objective/scores and objective/kl rise (`tiny`: to 3.5 nats a response, 2.5 in the first 15
-of 30 steps); policy/clipfrac is 0 with one update a batch; val/equal_groups stays low (`tiny`: below
-0.2): at 1 there is nothing left to learn. If an alarm is printed (KL, length, entropy), read rollouts.jsonl.
-If scores rise while objective/gold falls, the reward is being cheated: raise --kl-coef or stop
-earlier. Growing length may be the bias of `grpo` (`tiny`: 3.3 to 4.9 tokens; dr-grpo: 3.9).
+of 30 steps); policy/clipfrac is 0 with one update a batch; val/equal_groups stays low (`tiny`:
+below 0.2): at 1 there is nothing left to learn. If an alarm is printed (KL, length, entropy), read
+rollouts.jsonl. If scores rise while objective/gold falls, the reward is being cheated: raise
+--kl-coef or stop earlier. Growing length may be the bias of `grpo` (`tiny`: 3.3 to 4.9 tokens;
+dr-grpo: 3.9).
 
     python grpo.py                         # the embedded task and its learned reward, on a laptop
     torchrun --nproc_per_node=4 grpo.py --fsdp --model runs/sft-... --dataset tldr --reward runs/reward_model-...

@@ -3,10 +3,10 @@
     L = E_(x, y_w, y_l) [ ( h - 1/(2 tau) )^2 ],       h = log pi(y_w|x)/ref(y_w|x)  -  log pi(y_l|x)/ref(y_l|x)      (eq. 17)
 
 DPO's loss keeps falling as h grows. If one of two answers always wins, DPO's optimum never writes the other, whatever beta is,
-and the pull to the reference is lost. IPO maximises the probability that an answer is preferred, minus tau times the KL from
-ref, and assumes no reward model. A pair that is labelled this way with probability p then has its optimum at
-h = (p - 1/2)/tau, at most 1/(2 tau). Regressing every labelled pair to 1/(2 tau) has the same optimum. A pair past its target is
-pulled back, and the gradient grows with the distance to the target, without a bound.
+and the pull to the reference is lost. IPO maximises the probability that an answer is preferred, minus tau times the KL from ref,
+and assumes no reward model. If y_w wins with probability p, the optimum is h = (p - 1/2)/tau, at most 1/(2 tau). Regressing every
+labelled pair to 1/(2 tau) has the same optimum. A pair past its target is pulled back, and the gradient grows with the distance
+to the target, without a bound.
 
     paper                    code
     x, y_w, y_l              a row: the prompt, its first response (chosen), its second (rejected)
@@ -22,8 +22,8 @@ Options and departures
    The authors advised TRL to use means (pull request 1265, issue 1677), HALOs uses means too, and all presets are for means.
    A beta for means does not suit sums: 1/(2 beta) is in nats per token here, in nats per answer there.
 2. rewards/... are beta times the compared log-ratios, so the target of rewards/margins is 1/2. TRL plots beta times the sums.
-3. beta 0.01, the best of the ten that the handbook tried, asks for 50 nats per token, which no pair comes near. The square is
-   then almost a straight line, all pairs get the same pull, and one epoch at a small learning rate limits the KL.
+3. beta 0.01, the best of ten that the handbook tried, sets a target of 50 nats per token. No pair comes near it, so the square
+   is almost a straight line and all pairs get the same pull. One epoch at a small learning rate limits the KL.
 4. The reference log-probs are computed once, before the first step, as in dpo.py.
 
 Healthy: the loss starts at 1/(4 beta^2) (`tiny`: 4.0) and falls little if labels are noisy (to 3.5). rewards/margins rises from 0

@@ -5,8 +5,9 @@
     r   = log pi(y|x)/ref(y|x),      z0 = max(0, mean over the batch of log pi(y'|x)/ref(y'|x)),  y' from another prompt
 
 KTO needs no pairs, only labels. People judge an outcome relative to a reference point and feel each further gain or loss
-less. Here that point is z0, an estimate of KL(pi || ref) from answers y' to other prompts. These are not samples of pi, so the
-mean may be negative; it is then clamped to 0. If r is far from z0 there is almost no gradient: wrong labels are ignored, and so are hard examples.
+less. Here that point is z0, an estimate of KL(pi || ref) from answers y' to other prompts. These y' are not samples
+of pi, so the mean may be negative; it is then clamped to 0. If r is far from z0 there is almost no gradient: wrong labels are
+ignored, and so are hard examples.
 
     paper                    code
     x, y                     a row: the prompt and its response
@@ -23,7 +24,7 @@ Departures
 2. y' is fixed: a seeded permutation of the training answers, cut to fit. The authors' code shifts the answers of a micro-batch.
 3. The paper advises lambda_D n_D / (lambda_U n_U) between 1 and 4/3 (later 3/2), where n counts rows: one desirable row in ten
    needs --desirable-weight 9 to 13.5. The run prints the ratio.
-4. A pair becomes a desirable and an undesirable row, a ranked list its best and worst; the two are rarely in one step.
+4. A pair becomes a desirable and an undesirable row, a ranked list its best and worst; the two are rarely in the same step.
 
 Healthy: the loss starts at half the mean weight (0.5 if both are 1) and falls slowly (`tiny`: to 0.46). rewards/accuracies is the
 share of answers on the right side of z0: 0.5 at the start, where all are at z0, then above. rewards/chosen (desirable) rises

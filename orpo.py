@@ -4,9 +4,10 @@
     L_OR  = - log sigmoid( log odds(y_w|x) - log odds(y_l|x) ),      odds = P / (1 - P)                       (eq. 7, 4)
     log P(y|x) = 1/|y| log pi(y|x)                                                                            (eq. 3)
 
-One stage instead of two, and no reference model. A base model learns to answer from y_w. Plain fine-tuning also makes y_l likelier
-where the answers are alike; the weak second term prevents this. P is the geometric mean of an answer's token probabilities. For
-small P the odds are about P, and L_OR is simpo.py's loss with beta 1 and no margin. As P nears 1, the odds grow without bound.
+ORPO needs one stage instead of two, and no reference model. A base model learns to answer from y_w. Plain fine-tuning also makes
+y_l likelier where the two answers are alike; the weak second term prevents this. P is the geometric mean of an answer's token
+probabilities. For small P the odds are about P, and L_OR is simpo.py's loss with beta 1 and no margin. As P nears 1, the odds
+grow without bound.
 
     paper                    code
     x, y_w, y_l              a row: the prompt, its first response (chosen), its second (rejected)
@@ -67,7 +68,7 @@ class Args(common.Args):  # defaults: the paper's; model, data and hardware flag
 
 
 # What differs from the defaults, by model (or the model that a checkpoint was trained from).
-# Mistral's: github.com/xfactlab/orpo. Of Llama and Phi only lambda is known, from memory.
+# Mistral's: github.com/xfactlab/orpo. For Llama and Phi only lambda is the paper's.
 CLEANED = "argilla/ultrafeedback-binarized-preferences-cleaned"
 PRESETS = {
     "tiny": dict(  # tuned here

@@ -12,8 +12,8 @@
 
 Sample a response to each of a batch of prompts, score it, and raise the probability of every token
 in proportion to how much better than expected things went from there on. A value network V gives the
-expectation. The score comes once, at the end; every token pays for leaving the reference, because a
-policy that moves far finds what the reward model mistakes for quality. The ratio's clip allows
+expectation. The score comes once, at the end. Every token pays for leaving the reference, because a
+policy that moves far finds answers that the reward model overrates. The ratio's clip allows
 several updates from one batch: a token whose probability changed by a factor of 1 + eps or 1 - eps
 in the direction that A wants gets no more gradient.
 

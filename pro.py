@@ -6,8 +6,8 @@
 
 A ranking is a chain of choices: the best answer against all others, then the second against those below it, and so on. Each
 choice is a softmax over mean log-probs per token, s, times differences of scores, T (inverse temperatures). A worse answer y_i is
-pushed down with weight T exp(T s_i), largest at T |s| = 1: a larger T pushes less, and the choice counts as learned sooner. So
-the unit of the scores matters: by default the median r_1 - r_n is scaled to 1. The last term: SFT on y_1. No reference model.
+pushed down with weight T exp(T s_i), which is largest at T |s_i| = 1: a larger T pushes less, and the choice counts as learned
+sooner. So the unit of the scores matters: by default the median r_1 - r_n is scaled to 1. The last term is SFT on y_1.
 
     paper                    code
     x, y_1 ... y_n           a row: the prompt and its responses, sorted by score, best first; lists may differ in length

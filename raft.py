@@ -6,8 +6,8 @@
     from pi_t to pi_(t+1), descent on    L  =  - (1/N) sum over the b pairs of log pi(y*|x),       N: tokens of all y*
 
 Reinforcement learning by supervised fine-tuning: the policy writes K responses to a prompt, a reward
-picks the best one, and SFT makes that one more likely. Then the next prompts, with the policy as it
-is by then. A stage moves the policy towards its own best of K; many stages go beyond what K samples
+picks the best one, and SFT makes that one more likely. Then come the next prompts, with the new
+policy. A stage moves the policy towards its own best of K; many stages go beyond what K samples
 of the first policy reach. Only which response is best matters, so without a KL the scale of the
 reward is irrelevant, and nothing pushes bad responses down except good ones taking their place.
 
@@ -21,8 +21,8 @@ reward is irrelevant, and nothing pushes bad responses down except good ones tak
 
 Departures
 1. The best response of each prompt, as in the paper. The default of the authors' code
-   (github.com/OptimalScale/LMFlow) is the best fifth of all responses of a batch: that fills with
-   prompts whose responses all score high, and the others are never learned from.
+   (github.com/OptimalScale/LMFlow) is the best fifth of all responses of a batch. These come mostly
+   from prompts whose responses all score high, so the other prompts teach little.
 2. A response that was cut for length has no end-of-sequence, and none is added: that would teach
    stopping in mid-sentence. It ranks behind all that ended, or rambling would be learned. If no
    response to a prompt ended, the best beginning is learned as it is.

@@ -7,8 +7,8 @@
     Huang et al. 2024, arXiv 2403.17031 (called N+ below). Eisenstein et al. 2023, arXiv 2312.09244 (centering).
 
 A comparison is modelled as a random draw: y_w wins with probability sigmoid(r_w - r_l), and training maximises the likelihood of
-all comparisons. The model is the one fine-tuned on demonstrations with a single row as its output layer, read at the last token of
-an answer. Only differences of r within a prompt are learned. The level is free; it is set after training.
+all comparisons. The model is the fine-tuned language model with a single number as its output, read at the last token of an
+answer. Only differences of r between answers to a prompt are learned. The level is arbitrary; it is set after training.
 
     paper                    here
     x, (y_w, y_l)            a row: the prompt and its answers, best first; every pair of answers whose scores differ
@@ -17,8 +17,9 @@ an answer. Only differences of r within a prompt are learned. The level is free;
     E                        mean over a prompt's pairs, then over the prompts of a step, on all processes
 
 Departures
-1. A ranked list of K answers gives all its pairs, K (K - 1) / 2 minus the ties, in one row. Their loss is averaged before the mean
-   over prompts, as in InstructGPT, where pairs in different steps made the model overfit. All K answers share one copy of the prompt.
+1. A ranked list of K answers gives all its pairs, K (K - 1) / 2 minus the ties, in one row. Their loss is averaged before the
+   mean over prompts, as in InstructGPT, where pairs in different steps made the model overfit. All K answers share one copy of
+   the prompt.
 2. The head starts as in N+, normal with standard deviation 1 / sqrt(hidden size + 1), but has no bias, because Transformers' class
    has none: score_bias is in config.json.
 3. The level: in N+ demonstrations score 0 on average. Here it is answers that the starting model samples, at temperature 1, to

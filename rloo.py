@@ -7,11 +7,11 @@
     here - E_i [ min( rho_i A_i, clip(rho_i, 1 - eps, 1 + eps) A_i ) ],  rho_i = pi(y_i|x) / pi_old(y_i|x)
 
 Sample k responses to a prompt, score them, and raise the probability of each in proportion to how
-much more reward it got than the others. PPO asks a value network what reward to expect; here the
-other responses say it. They were drawn independently, so as a baseline they make the gradient less
-noisy and do not bias it. A whole response is one action: all of its tokens share one advantage and
-its KL is one number. There is no value network, discount, GAE or whitening: the paper finds that a
-policy that starts at a fine-tuned model does not need them.
+much more reward it got than the others. PPO learns the expected reward with a value network; here
+the other responses estimate it. They were drawn independently, so as a baseline they make the
+gradient less noisy and do not bias it. A whole response is one action: all of its tokens share one
+advantage and its KL is one number. There is no value network, discount, GAE or whitening: the paper
+finds that a policy that starts at a fine-tuned model does not need them.
 
     paper                    here
     x, y_i, k                a prompt; a response sampled by the policy; samples (group size)
@@ -41,9 +41,9 @@ Departures
 Healthy: objective/scores and objective/kl rise (`tiny`: to 2 nats a response of 4 tokens in the first
 10 of 30 steps), then both stay; objective/entropy falls (`tiny`: from 2.6 to 1.1 nats). With one
 update a batch the loss and policy/clipfrac are 0. With several, clipfrac counts whole responses and
-grows with their length: above 0.3, take fewer updates. If an alarm is printed (KL, length, entropy), read
-rollouts.jsonl. If scores rise while objective/gold falls, the reward is being cheated: raise
---kl-coef or stop earlier.
+grows with their length: above 0.3, take fewer updates. If an alarm is printed (KL, length,
+entropy), read rollouts.jsonl. If scores rise while objective/gold falls, the reward is being
+cheated: raise --kl-coef or stop earlier.
 
     python rloo.py                         # the embedded task and its learned reward, on a laptop
     torchrun --nproc_per_node=4 rloo.py --fsdp --model runs/sft-gemma-2-2b --reward runs/reward_model-...
@@ -94,8 +94,8 @@ PRESETS = {
         minibatches=1, lr=1e-3, schedule="linear", warmup_ratio=0.05, batch_size=32,
         micro_batch_size=32, max_steps=30, max_length=176, max_prompt_length=160,
     ),
-    # The defaults: Ahmadian et al. 2024, section 4, from memory. 512 responses a batch, 256 an
-    # update. Temperature, Adam's epsilon and gradient norm are ours.
+    # The defaults: Ahmadian et al. 2024, appendix on training, TL;DR. 512 responses a batch, 256
+    # an update. Temperature, Adam's epsilon and gradient norm are ours.
     "pythia-6.9b": dict(),
     # "Putting RL back in RLHF", huggingface.co/blog, June 2024: its command for this model, on 8
     # processes. A million responses, 4,096 a batch, 2,048 an update; their trainer clips no

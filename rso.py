@@ -6,11 +6,11 @@
     hinge-norm      L =   E [ max(0, 1 - ( gamma log pi(y_w|x)/pi_sft  -  gamma log pi(y_l|x)/pi_sft )) ]        (eq. 10)
     hinge           L =   E [ max(0, 1 - ( gamma log pi(y_w|x)  -  gamma log pi(y_l|x) )) ]                      (eq. 9)
 
-A loss on pairs fits the optimal policy pi_r if the answers in the pairs are drawn from pi_r. DPO's come from whoever wrote them,
-SLiC's from pi_sft. RSO samples many answers per prompt from pi_sft, scores them with a reward model, and accepts each with a
+A loss on pairs fits the optimal policy pi_r if the answers in the pairs are drawn from pi_r. DPO takes them from any source,
+SLiC from pi_sft. RSO samples many answers per prompt from pi_sft, scores them with a reward model, and accepts each with a
 probability that makes the accepted ones a sample of pi_r (exact in the limit of many samples). The scores then rank two accepted
-answers; sigmoid-norm is DPO on such pairs. beta is how far the reward is trusted: at 0 the best answers are accepted, at
-infinity any. In the derivation gamma is the same temperature; the paper tunes the two separately.
+answers; sigmoid-norm is DPO on such pairs. beta sets how far the reward is trusted: at 0 only the best answers are
+accepted, at infinity any. In the derivation gamma is the same temperature; the paper tunes the two separately.
 
     paper                    here
     x                        a row: a prompt; its answers are sampled (sampled.jsonl) and become pairs (accepted.jsonl;

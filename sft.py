@@ -12,7 +12,7 @@ micro-batches and processes: a mean of micro-batch means would give the tokens o
 
 Options
 1. --train-on-prompt makes the prompt's tokens targets too (all but the first), like the TL;DR models of Huang et al. 2024 (arXiv
-   2403.17031). `tiny` needs it: names recur throughout a description, which teaches the model to look them up.
+   2403.17031). `tiny` needs it: names recur throughout a description, so reading it teaches the model to look names up.
 2. In a dialogue (`messages`) the last answer is the response, and everything before it is the prompt.
 
 Healthy: the loss falls fast, then slowly, with held-out rows slightly above. Below 0.5 on real text the model memorises.
