@@ -26,7 +26,7 @@ CONVERTIBLE = {  # for each kind that a method takes: which kinds of rows serve,
     "labelled": ("labelled", "pair", "ranked"),
     "prompt": ("prompt", "demonstration", "messages", "pair", "ranked", "labelled"),
 }
-SCRIPTS = {"labelled": "kto.py", "prompt": "ppo.py, rloo.py, grpo.py, rso.py and raft.py"}
+SCRIPTS = {"labelled": "kto.py", "prompt": "ppo.py, nlpo.py, rloo.py, grpo.py, rso.py and raft.py"}
 SCRIPTS |= dict.fromkeys(("demonstration", "messages", "text"), "sft.py")
 LABELS = dict.fromkeys(("true", "yes", "1", "1.0"), True)
 LABELS |= dict.fromkeys(("false", "no", "0", "0.0"), False)

@@ -14,7 +14,7 @@ from training.record import run_of
 # The kind of rows that a method reads, if it is not "pair".
 READ_AS = {"sft": "demonstration", "kto": "labelled"}
 READ_AS |= dict.fromkeys(("listwise_dpo", "pro", "rrhf"), "ranked")
-READ_AS |= dict.fromkeys(("raft", "rso", "ppo", "rloo", "grpo"), "prompt")
+READ_AS |= dict.fromkeys(("raft", "rso", "ppo", "nlpo", "rloo", "grpo"), "prompt")
 
 
 def load_questions(

@@ -37,11 +37,14 @@ def generate(
     samples: int = 1,  # K responses per prompt
     top_k: int = 0,  # draw from the k most likely tokens only; 0: from all
     first: int = 0,  # number of the first prompt, if these are part of a longer list
+    masking: nn.Module | None = None,  # draw from the most likely tokens of this policy only (NLPO)
+    top_p: float = 1.0,  # which have this probability together
 ) -> list[np.ndarray]:
     """Return K responses per prompt, prompt by prompt, on every process.
 
     A response that was finished ends with its stop token.
     """
+    policies = [policy, masking] if masking else [policy]
     if temperature == 0 and samples > 1:
         raise ValueError(f"greedy decoding gives {samples} equal samples: ask for one")
     config = policy.lm.config
@@ -49,14 +52,16 @@ def generate(
     eager = config._attn_implementation == "eager" or softcap
     per_process = -(-len(prompts) // run.world)  # so that no process is left without work
     longest = max(map(len, prompts), default=0) + max_new_tokens
-    batch_size = batch_size or fitting(policy, longest)
+    batch_size = batch_size or max(1, fitting(policy, longest) // len(policies))
     size = max(1, min(batch_size // samples, per_process))  # prompts in a batch
     if policy.lm.dtype == torch.float64 and eager:
         size = 1  # Transformers computes this softmax in fp32, where a row of padding is NaN
     longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     parts = [longest_first[at : at + size] for at in range(0, len(prompts), size)]
     found = torch.full((len(prompts), samples, max_new_tokens), -1, dtype=torch.int32)
-    with _ready_to_sample(policy):
+    with ExitStack() as stack:
+        for each in policies:
+            stack.enter_context(_ready_to_sample(each))
         for part, mine in run.share(parts, label):
             # NumPy seeds [seed, i] and [seed, i, 0] alike: one sample is the first of many.
             uniforms = [
@@ -66,13 +71,14 @@ def generate(
             ]
             with policy.autocast():  # around all tokens, so that weights are cast once
                 new = _generate_batch(
-                    policy,
+                    policies,
                     [prompts[i] for i in part],
                     stop_ids,
                     temperature,
                     torch.from_numpy(np.stack(uniforms)),
                     samples,
                     top_k,
+                    top_p,
                     label,
                 )
             if mine:
@@ -141,17 +147,18 @@ def _ready_to_sample(policy: nn.Module) -> Iterator[None]:
 
 
 def _generate_batch(
-    policy: nn.Module,
+    policies: list[nn.Module],  # the policy; and the masking policy, if there is one
     prompts: list[np.ndarray],
     stop_ids: frozenset[int],
     temperature: float,
     uniforms: Tensor,  # (B * K, max_new_tokens) in [0, 1)
     samples: int,  # K
     top_k: int,
+    top_p: float,
     label: str,
 ) -> Tensor:
     """Return (B * K, max_new_tokens) new tokens, -1 after the end of a row."""
-    device, width = policy.lm.device, max(map(len, prompts))
+    device, width = policies[0].lm.device, max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):  # padded on the left: all rows grow on the right
@@ -162,15 +169,22 @@ def _generate_batch(
     stops = torch.tensor(sorted(stop_ids), device=device)
     found = torch.full(uniforms.shape, -1, device=device)
     rows = torch.arange(len(found), device=device)  # the row of `found` of each row of the batch
-    cache = new_cache(policy)
+    caches = [new_cache(policy) for policy in policies]
     for t in progress_bar(range(uniforms.shape[1]), f"{label}, tokens"):
-        out = policy.next_logits(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        cache, logits, positions = out.past_key_values, out.logits[:, -1], positions[:, -1:]
+        logits, *of_mask = [
+            policy.next_logits(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                use_cache=True, logits_to_keep=1,
+            ).logits[:, -1]
+            for policy, cache in zip(policies, caches, strict=True)
+        ]  # fmt: skip
+        positions = positions[:, -1:]
+        if of_mask:
+            allowed = top_p_tokens(of_mask[0], top_p, temperature or 1.0)
+            logits = logits.masked_fill(~allowed, -torch.inf)
         if t == 0 and samples > 1:  # from B prompts to B * K rows
-            cache.batch_repeat_interleave(samples)
+            for cache in caches:
+                cache.batch_repeat_interleave(samples)
             logits, mask, positions = (
                 x.repeat_interleave(samples, 0) for x in (logits, mask, positions)
             )
@@ -180,7 +194,8 @@ def _generate_batch(
         if not len(unfinished):
             break
         if len(unfinished) < len(rows):
-            cache.batch_select_indices(unfinished)
+            for cache in caches:
+                cache.batch_select_indices(unfinished)
             token, mask, positions, rows = (x[unfinished] for x in (token, mask, positions, rows))
         ids, positions = token[:, None], positions + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
@@ -196,14 +211,32 @@ def _draw(logits: Tensor, temperature: float, top_k: int, uniforms: Tensor) -> T
     if 0 < top_k < logits.shape[-1]:  # tokens that tie with the k-th stay, as in Transformers
         kth = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    probabilities = (logits / temperature).softmax(-1)
-    # CUDA's cumsum is not bit for bit reproducible, so --deterministic would refuse it.
-    exact = torch.are_deterministic_algorithms_enabled()
-    cumulative = probabilities.to("cpu" if exact else device).cumsum(-1, dtype=torch.float64)
+    cumulative = _cumulative((logits / temperature).softmax(-1))
     # The uniform is scaled to the last entry, not to 1: rounding never steps past the end.
     target = uniforms.to(cumulative) * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, target, right=True)[:, 0].to(device)
     return place.clamp(max=logits.shape[-1] - 1)
+
+
+def top_p_tokens(logits: Tensor, top_p: float, temperature: float = 1.0) -> Tensor:
+    """(R, V) bool: of each row of logits, the smallest set of tokens with this probability.
+
+    Tokens that tie with its last one belong to it.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    probabilities = (logits / temperature).softmax(-1)
+    ordered = probabilities.sort(-1, descending=True).values
+    cumulative = _cumulative(ordered).to(logits.device)
+    size = (cumulative < top_p).sum(-1, keepdim=True) + 1  # the token that reaches top_p is in
+    last = ordered.gather(-1, size.clamp(max=logits.shape[-1]) - 1)
+    return probabilities >= last
+
+
+def _cumulative(probabilities: Tensor) -> Tensor:
+    # CUDA's cumsum is not bit for bit reproducible, so --deterministic would refuse it.
+    if torch.are_deterministic_algorithms_enabled():
+        probabilities = probabilities.cpu()
+    return probabilities.cumsum(-1, dtype=torch.float64)
 
 
 def text_of(ids: np.ndarray, tokenizer: Any) -> str:

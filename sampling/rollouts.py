@@ -18,6 +18,7 @@ from torch import Tensor
 import common
 from data.models import resolve_model
 from sampling.generate import bytes_of, fitting, generate, text_of
+from sampling.masked import MaskedPolicy, MaskingPolicy
 from sampling.rewards import check_reward, load_reward, reads_tokens_of
 from sampling.score_model import ScoreModel, fresh_head, labels_of, load_score_model
 from training import evaluation, lora, reference
@@ -61,6 +62,7 @@ class Rollout:
     logps: Tensor | None = None  # (N, T) float64
     ref_logps: Tensor | None = None  # (N, T)
     values: Tensor | None = None  # (N, T)
+    masked_logps: Tensor | None = None  # (N, T) if they were sampled with a mask (nlpo.py)
 
     @property
     def prompts(self) -> list[np.ndarray]:
@@ -70,6 +72,10 @@ class Rollout:
     def responses(self) -> list[np.ndarray]:
         return [row.responses[0] for row in self.rows]
 
+    @property
+    def sampled_logps(self) -> Tensor:
+        return self.logps if self.masked_logps is None else self.masked_logps
+
     def metrics(self, kl_coef: float | None = None) -> dict[str, Tensor]:
         """One value per response. With `kl_coef` also the score less the weighted KL."""
         metrics = {
@@ -78,7 +84,8 @@ class Rollout:
             "val/ended": self.ended.double(),
         }
         if self.logps is not None:
-            metrics["objective/entropy"] = -self.logps.sum(1)  # an estimate, from these samples
+            # An estimate, from these samples.
+            metrics["objective/entropy"] = -self.sampled_logps.sum(1)
         if self.ref_logps is not None:
             metrics["objective/kl"] = (self.logps - self.ref_logps).sum(1)
         if kl_coef is not None:
@@ -100,7 +107,11 @@ class Online:
 
     def __init__(self, args: common.Args, run: common.Run, tokenizer, *, with_reference=True):
         self.args, self.run, self.tokenizer = args, run, tokenizer
-        self.policy = common.load_policy(args, run, name="policy")
+        masks = getattr(args, "top_p", 1.0) < 1  # nlpo.py
+        make = MaskedPolicy if masks else common.Policy
+        self.policy, self.masking = common.load_policy(args, run, name="policy", make=make), None
+        if masks:
+            self.masking = common.load_policy(args, run, name="masking", make=MaskingPolicy)
         self.reference, self._as_reference = None, nullcontext  # around its forward pass
         if getattr(args, "ref_model", None):
             self.reference = reference.load(args, run, common.load_policy, self.policy.config)
@@ -143,7 +154,8 @@ class Online:
         room = args.max_length - args.max_prompt_length
         responses = generate(
             self.policy, prompts, stop_ids, room, args.temperature, seed, self.run,
-            args.sample_batch_size, samples=samples,
+            args.sample_batch_size, samples=samples, masking=self.masking,
+            top_p=getattr(args, "top_p", 1.0),
         )  # fmt: skip
         prompts = [prompt for prompt in prompts for _ in range(samples)]
         pairs = zip(prompts, responses, strict=True)

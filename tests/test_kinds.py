@@ -161,7 +161,7 @@ MESSAGES = "must be a text or a list of messages with 'role' and 'content'"
 BAD = [
     ("labelled", DEMONSTRATION, "no column 'label' .*; demonstration rows are for sft.py"),
     ("ranked", LABELLED, "no column 'responses' and 'scores' .*; labelled rows are for kto.py"),
-    ("pair", {"prompt": "a"}, "prompt rows are for ppo.py, rloo.py, grpo.py, rso.py and raft.py"),
+    ("pair", {"prompt": "a"}, "prompt rows are for ppo.py, nlpo.py, rloo.py, .* and raft.py"),
     ("prompt", {"text": "a"}, "text rows are for sft.py"),
     (
         "pair",

@@ -42,6 +42,10 @@ OWN = {
     "ppo": ONLINE | {
         "ppo_epochs": 2, "minibatches": 2, "lr": 3e-4, "batch_size": 128, "micro_batch_size": 32,
     },
+    "nlpo": ONLINE | {
+        "top_p": 0.9, "mask_every": 5, "ppo_epochs": 2, "minibatches": 2, "lr": 3e-4,
+        "batch_size": 128, "micro_batch_size": 32,
+    },
     "rloo": ONLINE | {
         "samples": 4, "batch_epochs": 1, "minibatches": 1, "lr": 1e-3, "batch_size": 32,
         "micro_batch_size": 32,

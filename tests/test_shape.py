@@ -12,7 +12,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-ONLINE = ["ppo", "rloo", "grpo", "raft", "rso"]  # they sample
+ONLINE = ["ppo", "nlpo", "rloo", "grpo", "raft", "rso"]  # they sample
 OFFLINE = "sft reward_model dpo ipo cpo orpo simpo slic kto pro listwise_dpo rrhf".split()
 METHODS = OFFLINE + ONLINE
 LIMITS = {"common.py": 600, "training/memory.py": 120}
