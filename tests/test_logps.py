@@ -299,6 +299,32 @@ def test_an_unknown_head_is_refused(change, models, monkeypatch):
 
 
 @LAYOUTS
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_compiled_layers_take_every_width(name, shared, models, monkeypatch):
+    """All layers share one graph with gradients and one without, whatever the batch and the width;
+    a batch of one sequence has its own. A graph per width or layer would compile for minutes.
+    """
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    policy, plain = (load(models(name), "float32", compile=on) for on in (True, False))
+    for seed, n in enumerate((4, 2, 3, 1, 4, 2, 1)):
+        shapes = [(length + 3 * seed, lengths) for length, lengths in RAGGED[:n]]
+        batches = [batch_of(x, random_rows(shapes), shared) for x in (policy, plain)]
+        found, expected = (model(x) for model, x in zip((policy, plain), batches, strict=True))
+        torch.testing.assert_close(found, expected)
+        found.sum().backward()
+        with torch.no_grad():
+            policy(batches[0])
+    assert len(graphs) <= 4, f"{len(graphs)} graphs"
+
+
+@LAYOUTS
 @pytest.mark.parametrize("name", ("llama", "gemma2", "gpt2"))  # GPT-2's config has dropout
 @pytest.mark.parametrize("compiled", (False, True))
 def test_wrapped_layers_have_the_same_gradients(name, compiled, shared, models, monkeypatch):
