@@ -150,6 +150,8 @@ def results(name: str) -> str:
     """Tables and curves of the method's runs on the embedded task."""
     if not any(row["method"] == name for row in ROWS):  # it has a table in a page of its own
         page, start = SPECIAL.get(name, (f"{name}-tiny.md", ""))
+        if not (ROOT / "results" / page).exists():
+            return "<p>Not run yet.</p>"
         text = (ROOT / "results" / page).read_text(encoding="utf-8")
         before, rows = re.search(r"([^\n]+)\n\n((?:\|.*\n)+)", text[text.index(start) :]).groups()
         cells = [row.strip("| ").split(" | ") for row in rows.splitlines() if row[2] != "-"]
