@@ -6,6 +6,7 @@
         --judge http://localhost:8000/v1 --judge-model NAME
     python evaluate.py --model runs/sft --dataset tldr --reward runs/reward \\
         --best-of 16 --temperature 1
+    python evaluate.py --model runs/dpo --export mt_bench --prompts question.jsonl --output a.jsonl
 
 Without --dataset, the data set, the reward and the lengths are those of the run that saved the
 model (or else of the run that saved --reward).
@@ -33,7 +34,7 @@ from safetensors import safe_open
 
 import common
 from data.models import model_folder, resolve_model
-from evaluation import estimates, questions, text_metrics
+from evaluation import estimates, exports, questions, scores, text_metrics
 from evaluation.estimates import Answers, add_wins, means
 from evaluation.judge import Judge
 from sampling.generate import generate, text_of
@@ -53,12 +54,12 @@ class Args:
     eval_dataset: str | None = None  # held-out rows; default: as in a's own run
     columns: str | None = None  # rename columns of the rows: prompt=question,chosen=good
     chat_template: Literal["auto", "none"] = "auto"  # auto: texts become chat turns if there is one
-    prompts: int = 1024  # at most this many questions, and pairs
+    prompts: int | str = 1024  # at most this many questions, and pairs; of --export a file
     skip_bad_rows: bool = False  # leave out rows that cannot be used, instead of stopping
     max_length: int = 2048  # tokens of prompt and response together
     max_prompt_length: int = 1024  # a longer prompt loses its beginning
     temperature: tuple[float, ...] = (1.0, 0.0)  # one set of answers for each; 0: greedy
-    max_new_tokens: int = 128  # per answer
+    max_new_tokens: int = 128  # per answer; of --export 1024
     top_k: int = 0  # draw from the k most likely tokens only; 0: from all
     best_of: int = 1  # draw N answers with a, keep the one with the highest --select-by
     select_by: str | None = None  # the reward of --best-of; default: --reward
@@ -78,7 +79,9 @@ class Args:
     show: int = 3  # print the answers to this many questions, at the lowest --temperature
     json: str | None = None  # file for all numbers
     markdown: str | None = None  # file for the table
-    export: str | None = None  # file for rows for sft.py: a's answers, first --temperature
+    export: str | None = None  # alpaca_eval, mt_bench or lines, for such tools; rows, for sft.py
+    output: str | None = None  # where --export writes a's answers
+    scores: tuple[str, ...] = ()  # show scores that such tools wrote, and add them to --json
 
 
 TINY = dict(dataset="family", max_length=176, max_prompt_length=160, max_new_tokens=16)
@@ -111,8 +114,10 @@ def complete(args: Args) -> None:
         "--best-of needs --temperature above 0": args.best_of > 1 and 0 in args.temperature,
         "--judge needs --judge-model and a --baseline": args.judge and not compares,
         "--checkpoints: there are none": args.checkpoints and not checkpoints_of(args.model),
+        "--export and --output FILE belong together": bool(args.export) != bool(args.output),
+        f"--prompts {args.prompts}: a file is for --export": isinstance(args.prompts, str),
     }
-    for file in filter(None, (args.json, args.markdown, args.export)):
+    for file in filter(None, (args.json, args.markdown, args.output)):
         wrong[f"{file}: there is no such folder"] = not Path(file).expanduser().parent.is_dir()
     for message, is_wrong in wrong.items():
         if is_wrong:
@@ -127,7 +132,11 @@ def checkpoints_of(model: str) -> dict[int, Path]:
     return dict(sorted((int(f.parent.name.removeprefix("checkpoint-")), f) for f in files))
 
 
-def main(args: Args) -> dict:
+def main(args: Args) -> dict | None:
+    if args.scores:
+        return report(args, f"a: {args.model}", *scores.collect(args))
+    if args.export not in (None, "rows"):
+        return exports.export(args)
     complete(args)
     if args.judge:
         how = (args.judge_template, Path(args.cache_dir or "runs/.cache") / "verdicts.jsonl")
@@ -229,9 +238,9 @@ def main(args: Args) -> dict:
     facts |= {"commit": git_commit(), "versions": versions}
     record = {"arguments": asdict(args), **estimates.as_json(table)}
     record |= {"curve": curve, "facts": facts}
-    if common.MAIN_PROCESS:
-        report(args, table, record)
-    return record
+    title = f"a: {args.model}; b: {args.baseline}; {len(prompts):,} questions of "
+    title += f"{args.dataset}; reward: {args.reward}"
+    return report(args, title, table, record) if common.MAIN_PROCESS else record
 
 
 def export(args: Args, prompts: list, answers: list, tokenizer) -> None:
@@ -245,20 +254,20 @@ def export(args: Args, prompts: list, answers: list, tokenizer) -> None:
             row = {"prompt": prompt_text(prompt, tokenizer), "completion": text}
             lines.append(json.dumps(row) + "\n")
     if common.MAIN_PROCESS:
-        Path(args.export).expanduser().write_text("".join(lines), encoding="utf-8")
+        Path(args.output).expanduser().write_text("".join(lines), encoding="utf-8")
     common.say("export", f"{len(lines):,} of {len(prompts):,} answers; others are cut or empty")
 
 
-def report(args: Args, table: estimates.Table, record: dict) -> None:
-    text = f"a: {args.model}; b: {args.baseline}; {record['facts']['questions']:,} questions of "
-    text += f"{args.dataset}; reward: {args.reward}\n\n{estimates.as_markdown(table)}"
+def report(args: Args, title: str, table: estimates.Table, record: dict) -> dict:
+    text = f"{title}\n\n{estimates.as_markdown(table)}"
     print(f"\n{text}")
-    for numbers in [*record["curve"], record["facts"].get("judge", {})]:
+    for numbers in [*record.get("curve", ()), record.get("facts", {}).get("judge", {})]:
         print(*(f"{name} {value}" for name, value in numbers.items()), sep=", ", flush=True)
     if args.markdown:
         Path(args.markdown).expanduser().write_text(text, encoding="utf-8")
     if args.json:
         Path(args.json).expanduser().write_text(json.dumps(record, indent=1) + "\n")
+    return record
 
 
 if __name__ == "__main__":

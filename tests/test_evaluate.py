@@ -209,7 +209,7 @@ def test_best_of_n_is_the_best_by_a_plain_loop(ev, made, answers):
 
 
 def test_export(ev, made, answers, capsys):
-    ev(export="out.jsonl", temperature=(1.0,), baseline="none")
+    ev(export="rows", output="out.jsonl", temperature=(1.0,), baseline="none")
     prompts, ours = answers[0]
     texts = texts_of(ours, made)
     whole = [i for i, y in enumerate(ours) if y[-1] in STOPS and texts[i].strip()]
@@ -319,7 +319,7 @@ def test_it_knows_what_each_method_reads():
     sources = {path.stem: path.read_text() for path in ROOT.glob("*.py")}
     found = {name: re.search(r'load_rows\([^)]*kind="(\w+)"', x) for name, x in sources.items()}
     read = {name: match[1] for name, match in found.items() if match and name != "reward_model"}
-    assert len(read) == 16
+    assert len(read) == 17
     assert {name: kind for name, kind in read.items() if kind != "pair"} == questions.READ_AS
 
 

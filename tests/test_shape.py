@@ -132,7 +132,7 @@ def test_a_file_is_short(path):
 def test_evaluation_is_short():
     parts = ("evaluate.py", "compare.py", "evaluation/")
     found = [text for path, text in sources().items() if path.startswith(parts)]
-    assert sum(len(text.splitlines()) for text in found) <= 1200
+    assert sum(len(text.splitlines()) for text in found) <= 1500
 
 
 def test_the_top_level():
