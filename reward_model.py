@@ -27,8 +27,9 @@ Departures
 4. An answer that was cut has no end-of-sequence token. It is scored at its last token like any other.
 
 Healthy: the loss starts near ln 2 = 0.693 (higher if the fresh head's scores differ much) and falls. Held-out accuracy rises above
-0.5, towards the agreement between people: 0.62 to 0.69 is published for TL;DR (1B to 6.9B), 0.7 to 0.8 elsewhere; `tiny` reaches
-0.52 of a possible 0.76. Training accuracy far above held-out accuracy is overfitting: one epoch is usual.
+0.5, towards the agreement between people: 0.62 to 0.69 is published for TL;DR (1B to 6.9B), 0.7 to 0.8 elsewhere. `tiny` learns to
+tell right answers from wrong ones (0.74), but not which of its own answers is better (`--dataset family`: 0.52 of a possible 0.76).
+Training accuracy far above held-out accuracy is overfitting: one epoch is usual.
 
     python reward_model.py                                                  # the embedded task, on a laptop
     torchrun --nproc_per_node=4 reward_model.py --model runs/sft-gemma-2-2b   # after sft.py --model gemma-2-2b
@@ -65,7 +66,8 @@ class Args(common.Args):  # defaults: N+ (Huang et al. 2024) on TL;DR; other fla
 PRESETS = {  # what differs from the defaults, by model
     "tiny": dict(  # tuned here
         lr=5e-4, batch_size=16, micro_batch_size=16, warmup_ratio=0.05, weight_decay=0.0,
-        adam_eps=1e-8, max_grad_norm=1.0, max_length=176, max_prompt_length=160, dataset="family",
+        adam_eps=1e-8, max_grad_norm=1.0, max_length=176, max_prompt_length=160,
+        dataset="family:off-policy",  # right and wrong answers; of its own answers it learns nothing
     ),
     "pythia-1b": dict(),  # N+
 }  # fmt: skip
