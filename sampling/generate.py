@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from training.parallel import progress_bar
 
 MOST = 256  # sequences in a batch: more are hardly faster
+EXTRA_TOKENS = 64  # that a cache has room for
 
 
 @torch.no_grad()
@@ -115,15 +116,44 @@ def fitting(policy: nn.Module, length: int) -> int:
 def new_cache(policy: nn.Module) -> Any:
     """Keys and values in the compute dtype. Rotary embeddings would make keys fp32, and attention
     converts them back under autocast: twice the memory for the same numbers.
+
+    Layers without a window keep room for the next tokens. Transformers' own copy all keys and
+    values for every token.
     """
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache, DynamicLayer
 
     class Cache(DynamicCache):
         def update(self, keys: Tensor, values: Tensor, *args: Any, **more: Any) -> tuple:
             low = policy.compute_dtype
             return super().update(keys.to(low), values.to(low), *args, **more)
 
-    return Cache(config=policy.lm.config)
+    class RoomyLayer(DynamicLayer):
+        room: dict[str, Tensor] = {}  # keys and values, and space behind them
+
+        def update(self, keys: Tensor, values: Tensor, *args: Any, **more: Any) -> tuple:
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
+            before = self.get_seq_length()
+            self.keys = self.append("keys", self.keys, keys, before)
+            self.values = self.append("values", self.values, values, before)
+            return self.keys, self.values
+
+        def append(self, name: str, old: Tensor, new: Tensor, before: int) -> Tensor:
+            room, after = self.room.get(name), before + new.shape[-2]
+            # Otherwise `old` is a copy: of other rows, or of each row K times.
+            ours = room is not None and old.data_ptr() == room.data_ptr()
+            if not ours or len(new) != len(room) or after > room.shape[-2]:
+                room = new.new_empty(*new.shape[:-2], after + EXTRA_TOKENS, new.shape[-1])
+                if before:
+                    room[..., :before, :] = old
+                self.room = self.room | {name: room}
+            room[..., before:after, :] = new
+            return room[..., :after, :]
+
+    cache = Cache(config=policy.lm.config)
+    own = [type(layer) is DynamicLayer for layer in cache.layers]
+    cache.layers = [RoomyLayer() if x else y for x, y in zip(own, cache.layers, strict=True)]
+    return cache
 
 
 @contextmanager

@@ -110,7 +110,8 @@ def distinct_2(prompts: list[str], responses: list[str]) -> list[float]:
 @dataclass
 class Args:
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a chat model
-    samples: int = 4  # answers to each training prompt
+    parts: tuple[Literal["train", "test"], ...] = ("train", "test")  # whose prompts are answered
+    samples: int = 4  # answers to each prompt
     max_new_tokens: int = 40  # per answer
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the sampling
     seed: int = 0
@@ -126,19 +127,20 @@ def main(args: Args) -> None:
         (here / f"prompts-{part}.jsonl").write_text("".join(lines), encoding="utf-8")
     tokenizer = common.load_tokenizer(args.model)
     policy = common.load_policy(args, run, args.model, name="the start", frozen=True)
-    turns = [[{"role": "user", "content": prompt}] for prompt in prompts("train")]
-    ids = [tokenizer.apply_chat_template(x, add_generation_prompt=True).input_ids for x in turns]
-    made = generate(
-        policy, [common.np.array(x, "int32") for x in ids], tokenizer.stop_ids,
-        args.max_new_tokens, 1.0, args.seed, run, samples=args.samples,
-    )  # fmt: skip
-    with open(here / "samples-train.jsonl", "w", encoding="utf-8") as out:
-        for i, prompt in enumerate(prompts("train")):
-            found = made[i * args.samples : (i + 1) * args.samples]
-            responses = list(dict.fromkeys(text_of(x, tokenizer).strip() for x in found))
-            row = {"prompt": prompt, "responses": responses}
-            row["scores"] = score([prompt] * len(responses), responses)
-            out.write(json.dumps(row) + "\n")
+    for part in args.parts:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts(part)]
+        ids = [tokenizer.apply_chat_template(x, add_generation_prompt=True) for x in turns]
+        made = generate(
+            policy, [common.np.array(x.input_ids, "int32") for x in ids], tokenizer.stop_ids,
+            args.max_new_tokens, 1.0, args.seed, run, samples=args.samples,
+        )  # fmt: skip
+        with open(here / f"samples-{part}.jsonl", "w", encoding="utf-8") as out:
+            for i, prompt in enumerate(prompts(part)):
+                found = made[i * args.samples : (i + 1) * args.samples]
+                responses = list(dict.fromkeys(text_of(x, tokenizer).strip() for x in found))
+                row = {"prompt": prompt, "responses": responses}
+                row["scores"] = score([prompt] * len(responses), responses)
+                out.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
