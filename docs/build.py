@@ -35,7 +35,7 @@ RUNS = sorted((ROOT / "results/tiny/rows").glob("*.json"))
 ROWS = [json.loads(path.read_text(encoding="utf-8")) for path in RUNS]
 COLUMNS = {"sampled/reward": "reward, sampled", "greedy/reward": "reward, greedy"}
 COLUMNS |= {"sampled/kl": "KL, nats per answer", "seconds": "seconds"}
-SPECIAL = {"reward_model": ("sample-score-learn-tiny.md", "`python reward_model.py --seed S`")}
+SPECIAL = {"reward_model": ("sample-score-learn-tiny.md", "`python reward_model.py --")}
 BASE = {"nlpo": "ppo", "grpo": "rloo"}  # else dpo
 
 
@@ -153,7 +153,7 @@ def results(name: str) -> str:
         if not (ROOT / "results" / page).exists():
             return "<p>Not run yet.</p>"
         text = (ROOT / "results" / page).read_text(encoding="utf-8")
-        before, rows = re.search(r"([^\n]+)\n\n((?:\|.*\n)+)", text[text.index(start) :]).groups()
+        before, rows = re.search(r"((?:.+\n)+)\n((?:\|.*\n)+)", text[text.index(start) :]).groups()
         cells = [row.strip("| ").split(" | ") for row in rows.splitlines() if row[2] != "-"]
         return table(cells) + prose(before)
     lines, curves = [["", "runs", *COLUMNS.values()]], []

@@ -45,6 +45,7 @@ def test_results_are_on_the_page(site, name):
     if rows:
         rewards = [row["measured"]["sampled/reward"]["value"] for row in rows]
         assert f"<td>{sum(rewards) / len(rewards):.3f} ({min(rewards):.3f} to " in html
+    assert name != "reward_model" or "<td>accuracy<td>" in html
     for line in build_site.section(name, "*"):
         assert re.search(r"arXiv \d|README of github|documentation|\(there\)|\(its ", line), line
 
