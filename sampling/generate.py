@@ -53,7 +53,7 @@ def generate(
     eager = config._attn_implementation == "eager" or softcap
     per_process = -(-len(prompts) // run.world)  # so that no process is left without work
     longest = max(map(len, prompts), default=0) + max_new_tokens
-    batch_size = batch_size or max(1, fitting(policy, longest) // len(policies))
+    batch_size = batch_size or fitting(policy, longest, len(policies))
     size = max(1, min(batch_size // samples, per_process))  # prompts in a batch
     if policy.lm.dtype == torch.float64 and eager:
         size = 1  # Transformers computes this softmax in fp32, where a row of padding is NaN
@@ -98,7 +98,7 @@ def bytes_of(policy: nn.Module, length: int) -> int:
     return cache * length + 20 * config.vocab_size  # logits, probabilities, their sums in float64
 
 
-def fitting(policy: nn.Module, length: int) -> int:
+def fitting(policy: nn.Module, length: int, caches: int = 1) -> int:
     """How many sequences of `length` tokens take a third of the device's memory.
 
     Not of the free memory: a run that continues must sample in the same batches.
@@ -110,7 +110,7 @@ def fitting(policy: nn.Module, length: int) -> int:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         return MOST
-    return max(1, min(MOST, memory // 3 // bytes_of(policy, length)))
+    return max(1, min(MOST, memory // 3 // (caches * bytes_of(policy, length))))
 
 
 def new_cache(policy: nn.Module) -> Any:

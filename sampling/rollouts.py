@@ -123,9 +123,10 @@ class Online:
         self.reward, self.gold = load_reward(args.reward, tokenizer, args, run), None
         if args.gold_reward:
             self.gold = load_reward(args.gold_reward, tokenizer, args, run, "gold")
-        at_once = args.sample_batch_size or fitting(self.policy, args.max_length)
+        caches = 1 + bool(self.masking)
+        at_once = args.sample_batch_size or fitting(self.policy, args.max_length, caches)
         at_once = max(at_once, getattr(args, "samples", 1))  # those to a prompt are together
-        most = at_once * bytes_of(self.policy, args.max_length) / 2**30
+        most = at_once * caches * bytes_of(self.policy, args.max_length) / 2**30
         common.say("sampling", f"at most {at_once} answers at once, {most:.2f} GiB")
         # A checkpoint is refused if one of these has changed since. (A function may be corrected.)
         if getattr(args, "ref_model", None):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import grpo
+import nlpo
 import ppo
 import raft
 import rloo
@@ -75,7 +76,7 @@ def mean_of(metric: Tensor | tuple[Tensor, Tensor]) -> float:
 
 # -- whole runs
 
-METHODS = {"ppo": ppo, "rloo": rloo, "grpo": grpo, "raft": raft}
+METHODS = {"ppo": ppo, "nlpo": nlpo, "rloo": rloo, "grpo": grpo, "raft": raft}
 SMALL = {
     "batch_size": 8, "micro_batch_size": 4, "max_steps": 6, "epochs": 1.0, "lr": 1e-3,
     "schedule": "constant", "warmup_ratio": 0.0, "dtype": "float32", "max_length": 52,
@@ -84,6 +85,7 @@ SMALL = {
 }  # fmt: skip
 OWN = {
     "ppo": {"kl_coef": 0.1, "ppo_epochs": 2, "minibatches": 1, "adam_eps": 1e-8},
+    "nlpo": {"kl_coef": 0.1, "ppo_epochs": 2, "adam_eps": 1e-8, "top_p": 0.8, "mask_every": 2},
     "rloo": {"batch_size": 4, "samples": 2, "kl_coef": 0.1, "batch_epochs": 2, "minibatches": 1},
     "grpo": {"batch_size": 4, "samples": 2, "kl_coef": 0.1, "batch_epochs": 2, "clip_high": 0.28},
     "raft": {"samples": 4, "kl_coef": 0.0, "minibatches": 2, "micro_batch_size": 2},

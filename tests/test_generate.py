@@ -12,7 +12,7 @@ from conftest import ARCHITECTURES
 
 import common
 from family import task
-from sampling.generate import _draw, bytes_of, fitting, generate, text_of
+from sampling.generate import _draw, bytes_of, fitting, generate, text_of, top_p_tokens
 
 VOCABULARY = 300  # ids that the models and the tokenizers of these tests both have
 NEVER = frozenset([10_000])  # a stop id outside the vocabulary of 320
@@ -260,3 +260,57 @@ def test_a_token_is_found_by_inverting_the_cumulative_distribution(k):
         kept = sorted(row.argsort(descending=True)[: k or 40].tolist())
         cumulative = (weights[kept] / weights[kept].sum()).cumsum(0)
         assert token == kept[int((cumulative <= uniform).sum())]
+
+
+# -- a mask: the top-p tokens of another policy
+
+
+@pytest.mark.parametrize(
+    "top_p, allowed",
+    [(0.1, [1]), (0.4, [1]), (0.41, [1, 2]), (0.69, [1, 2]), (0.71, [1, 2, 0, 4]), (1.0, range(6))],
+)
+@pytest.mark.parametrize("temperature", (1.0, 0.5))
+def test_top_p_is_the_smallest_set(top_p, allowed, temperature):
+    """The likeliest tokens until they have this probability together; ties stay together."""
+    shares = torch.tensor([[0.1, 0.4, 0.3, 0.05, 0.1, 0.05]], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        found = top_p_tokens((temperature * shares.log() + 3).to(dtype), top_p - 1e-7, temperature)
+        assert found.nonzero()[:, 1].tolist() == sorted(allowed)
+
+
+@pytest.mark.parametrize("architecture", ("mistral", "gpt2"))
+def test_a_mask_limits_what_is_drawn(architecture, policy_of, run):
+    """Every token is in the top p of the masking policy after the same tokens, by Transformers; it
+    is the one at its uniform number among these. Ended rows leave both caches.
+    """
+    policy, masking = (policy_of(architecture, "float64") for _ in range(2))
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in masking.lm.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=draw, dtype=p.dtype))
+    prompts, stops, samples, outside = random_prompts(), frozenset(range(0, 320, 9)), 3, 0
+    how = {"samples": samples, "masking": masking, "top_p": 0.7}
+    answers = generate(policy, prompts, stops, 9, 0.8, 5, run, 12, **how)
+    assert len({len(answer) for answer in answers}) > 3
+    for i, answer in enumerate(answers):
+        prompt = prompts[i // samples]
+        numbers = np.random.default_rng([5, i // samples, i % samples]).random(9)
+        ids = torch.tensor([[*prompt.tolist(), *answer.tolist()]])
+        with torch.no_grad():
+            both = [m.lm(input_ids=ids).logits[0, len(prompt) - 1 : -1] for m in (policy, masking)]
+        for token, uniform, logits, of_mask in zip(answer, numbers, *both, strict=False):
+            allowed = top_p_tokens(of_mask[None], 0.7, 0.8)[0].nonzero()[:, 0]
+            cumulative = (logits[allowed] / 0.8).softmax(-1).cumsum(0)
+            assert token == allowed[int((cumulative <= uniform).sum())]
+            outside += int((logits / 0.8).softmax(-1).cumsum(0).gt(uniform).nonzero()[0]) != token
+    assert outside  # without the mask there would be other tokens
+
+
+def test_a_mask_that_allows_all_changes_nothing(policy_of, run):
+    policy, prompts = policy_of("qwen2", "float64"), random_prompts()
+    usual = lists(generate(policy, prompts, NEVER, 8, 1.0, 5, run, samples=2))
+    how = {"samples": 2, "masking": policy, "top_p": 1 - 1e-13}
+    assert lists(generate(policy, prompts, NEVER, 8, 1.0, 5, run, **how)) == usual
+    greedy = lists(generate(policy, prompts, NEVER, 8, 0.0, 5, run))
+    how["top_p"] = 1e-9  # the likeliest token alone
+    assert lists(generate(policy, prompts, NEVER, 8, 1.0, 5, run, **how))[::2] == greedy

@@ -192,6 +192,7 @@ EXAMPLES = {  # the arguments that each loss is called with below
     "kto_loss": lambda: (*columns(2), ADVANTAGES > 0, torch.tensor(0.4), 0.3, 1.5, 0.5),
     "listwise_dpo_loss": lambda: (lists()[0], lists()[0].flip(0), lists()[1], 0.3),
     "orpo_loss": lambda: (*columns(2), *LENGTHS, 0.7),
+    "nlpo_loss": lambda: (*tokens(6), 0.2, 0.3, 0.1),
     "ppo_loss": lambda: (*tokens(6), 0.2, 0.3, 0.1),
     "pro_loss": lambda: (lists()[0], LIST_LENGTHS, lists()[1], 0.05),
     "reward_model_loss": lambda: (lists()[0], lists()[1], 0.2, 0.01),

@@ -1,4 +1,4 @@
-"""Whole runs of ppo.py, rloo.py, grpo.py and raft.py on tiny models."""
+"""Whole runs of ppo.py, nlpo.py, rloo.py, grpo.py and raft.py on tiny models."""
 
 import json
 import math
@@ -83,7 +83,7 @@ def plain_logps(model, row: common.Row, temperature: float) -> list[float]:
 
 @pytest.mark.parametrize(
     "method, architecture",
-    [("ppo", "gemma2"), ("rloo", "gpt2"), ("grpo", "llama"), ("raft", "llama")],
+    [("ppo", "gemma2"), ("nlpo", "qwen2"), ("rloo", "gpt2"), ("grpo", "llama"), ("raft", "llama")],
 )
 def test_two_steps(run, made, start_of, method, architecture):
     flags = {"max_steps": 2, "gold_reward": f"{made / 'judge.py'}:length"}
@@ -328,6 +328,7 @@ CASES = {
         "minibatches": 2, "whiten_rewards": True, "kl_target": 0.5, "kl_horizon": 30,
         "kl_estimator": "k3", "max_grad_norm": 0.0,
     },
+    "nlpo": {},
     "rloo": {"minibatches": 2, "max_grad_norm": 0.0, "clip_range": 0.5},
     "grpo": {},
     "grpo, dapo": {"normalise": "dapo", "minibatches": 2, "max_grad_norm": 0.0},
@@ -423,6 +424,7 @@ STEERED = {"minibatches": 2, "micro_batch_size": 2, "kl_target": 0.5, "kl_horizo
         ("ppo", "update", "break", 2),
         ("ppo", "update", "terminate", 3),  # the step is finished first
         ("ppo", "sampling", "terminate", 2),  # what was sampled is thrown away
+        ("nlpo", "update", "break", 2),
         pytest.param("rloo", "update", "break", 2, marks=pytest.mark.slow),
         pytest.param("grpo", "sampling", "break", 2, marks=pytest.mark.slow),
         pytest.param("raft", "update", "break", 2, marks=pytest.mark.slow),
