@@ -24,7 +24,7 @@ def read_scores(file: str) -> dict[str, dict[str, Estimate]]:  # model -> name -
             for row in csv.DictReader(text.splitlines()):
                 for name in [x for x in ALPACA_EVAL if row["win_rate"] and row.get(x)]:
                     score = with_error(row[name], row[ALPACA_EVAL[name]], row["n_total"])
-                    found[row[""]][f"alpaca_eval/{name}"] = score
+                    found[row[""]][f"alpaca_eval/{name.removesuffix('_winrate')}"] = score
         elif path.suffix == ".jsonl":
             for row in map(json.loads, text.splitlines()):
                 for name in ("score", f"turn_{row['turn']}") if row["score"] != -1 else ():
@@ -51,7 +51,7 @@ def read_scores(file: str) -> dict[str, dict[str, Estimate]]:  # model -> name -
 
 def with_error(value: Any, error: Any, n: Any) -> Estimate:
     value, n = float(value), int(float(n or 0))
-    if error in (None, "", "N/A"):
+    if error in (None, "", "N/A") or not float(error):  # as in estimates.py
         return Estimate(value, n=n)
     return Estimate(value, value - 1.96 * float(error), value + 1.96 * float(error), n)
 
