@@ -79,9 +79,9 @@ class Args:
     show: int = 3  # print the answers to this many questions, at the lowest --temperature
     json: str | None = None  # file for all numbers
     markdown: str | None = None  # file for the table
-    export: str | None = None  # alpaca_eval, mt_bench or lines, for such tools; rows, for sft.py
+    export: str | None = None  # rows: for sft.py; for other tools: alpaca_eval, mt_bench, lines
     output: str | None = None  # where --export writes a's answers
-    scores: tuple[str, ...] = ()  # show scores that such tools wrote, and add them to --json
+    scores: tuple[str, ...] = ()  # only show what such tools wrote about --model; added to --json
 
 
 TINY = dict(dataset="family", max_length=176, max_prompt_length=160, max_new_tokens=16)
