@@ -48,9 +48,10 @@ METHODS = {  # the knob that keeps a method near its start, and the strengths of
     "slic": ("delta", 1.5, 15.0), "kto": ("beta", 0.1, 1.0), "pro": ("sft_weight", 0.0005, 0.01),
     "listwise_dpo": ("beta", 0.07, 0.6), "rrhf": ("sft_weight", 0.03, 0.3),
     "raft": ("samples", 4, 32), "rso": ("gamma", 0.3, 3.0), "ppo": ("kl_coef", 0.03, 0.3),
-    "rloo": ("kl_coef", 0.03, 0.3), "grpo": ("kl_coef", 0.03, 0.3),
+    "nlpo": ("kl_coef", 0.03, 0.3), "rloo": ("kl_coef", 0.03, 0.3), "grpo": ("kl_coef", 0.03, 0.3),
 }  # fmt: skip
-SAMPLING = ("raft", "rso", "ppo", "rloo", "grpo")  # need a reward to learn from
+SAMPLING = ("raft", "rso", "ppo", "nlpo", "rloo", "grpo")  # need a reward to learn from
+USUAL = tuple(name for name in METHODS if name != "nlpo")  # the study of results/tiny is older
 # sft.py's preset for `tiny` is for random weights. lr: 2e-4 and 5e-4 were tried (by held-out loss).
 TINY_SFT = {
     "train_on_prompt": False, "lr": 2e-4, "max_steps": 300, "schedule": "linear",
@@ -62,7 +63,7 @@ DATA, LEARNED_REWARD = "family/tiny/judged", "tiny-preferred@tiny"
 # fmt: off
 @dataclass
 class Args:
-    methods: tuple[Literal[*METHODS], ...] = tuple(METHODS)  # methods to compare
+    methods: tuple[Literal[*METHODS], ...] = USUAL  # methods to compare; default: all but nlpo
     seeds: tuple[int, ...] = (0, 1, 2)  # of the training
     sweep: tuple[Literal[*METHODS, "none"], ...] = ("dpo", "simpo", "kto", "ppo")  # methods that also run at other strengths, with the first seed: on `tiny` see METHODS, else a third and three times the default
     quick: bool = False  # a third of the steps, the first seed, no sweep, half of the questions
@@ -111,8 +112,7 @@ def plan(args: Args) -> list[dict]:
                 default, *strengths = default
             elif default and not embedded:
                 strengths = [float(f"{default / 3:.2g}"), float(f"{default * 3:.2g}")]
-            if default != usual.get(knob):
-                own[knob] = default
+            own |= {} if default == usual.get(knob) else {knob: default}
             if method not in args.sweep or seed != args.seeds[0]:
                 strengths = []
             rows.append(trained(args, method, seed, default, usual, own))
