@@ -62,7 +62,7 @@ evaluate() { # NAME MODEL
   file=$runs/$1-$(basename "$test" .jsonl)
   run python evaluate.py --model "$2" --baseline "$runs/sft" "${rows[@]}" --text-metrics \
     --temperature 0 --max-new-tokens 256 --prompts 4096 \
-    --json "$file.json" --markdown "$file.md" --export "$file.jsonl"
+    --json "$file.json" --markdown "$file.md" --export rows --output "$file.jsonl"
 }
 
 train sft sft.py --model "$base" "${demonstrations[@]}"
