@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import tyro
-from conftest import ROOT, write_jsonl
+from conftest import ROOT
 from transformers import BatchEncoding
 
 import common
