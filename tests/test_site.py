@@ -41,7 +41,7 @@ def test_results_are_on_the_page(site, name):
     """A table of runs; curves, unless its runs have none; published numbers with their source."""
     html = (site / f"{name}.html").read_text("utf-8")
     rows = [row for row in build_site.ROWS if row["method"] == name and row["default"]]
-    assert "<table>" in html and html.count("<svg") == (2 if rows else 0)
+    assert ("<table>" in html or "Not run yet" in html) and html.count("<svg") == 2 * bool(rows)
     if rows:
         rewards = [row["measured"]["sampled/reward"]["value"] for row in rows]
         assert f"<td>{sum(rewards) / len(rewards):.3f} ({min(rewards):.3f} to " in html
