@@ -27,7 +27,7 @@ OWN = {
     },
     "reward_model": {
         "lr": 5e-4, "epochs": 1.0, "max_steps": None, "schedule": "cosine", "max_length": 176,
-        "max_prompt_length": 160,
+        "max_prompt_length": 160, "dataset": "family:off-policy",
     },
     "dpo": {"beta": 0.3, "lr": 2e-4, "label_smoothing": 0.0, "gamma": 0.0},
     "ipo": {"beta": 0.25, "lr": 2e-4, "per_token": True},
