@@ -130,8 +130,10 @@ def test_every_flag_that_is_named_exists():
     for script in [*SCRIPTS, "benchmarks/steps.py"]:
         fields = re.findall(r"^    (\w+): .* = ", (ROOT / script).read_text(), re.M)
         known |= {"--" + name.replace("_", "-") for name in fields}
-    # of torchrun, pip, rewardbench and lm_eval
+    # of torchrun, pip, rewardbench, hf, lm_eval, alpaca_eval, FastChat and comet-score
     others = "--nproc_per_node --shutdown-timeout --index-url --model_args --tasks --help".split()
+    others += "--repo-type --local-dir --batch_size --include_path --output_path".split()
+    others += "--model_outputs --model-list --to_json".split()
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) - {*others}
     named = {name.replace("--no-", "--") for name in named}  # how a switch is turned off
     assert named and not named - known
