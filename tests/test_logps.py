@@ -313,7 +313,7 @@ def test_compiled_layers_take_every_width(name, shared, models, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     policy, plain = (load(models(name), "float32", compile=on) for on in (True, False))
-    for seed, n in enumerate((4, 2, 3, 1, 4, 2, 1)):
+    for seed, n in enumerate((4, 2, 1, 3)):
         shapes = [(length + 3 * seed, lengths) for length, lengths in RAGGED[:n]]
         batches = [batch_of(x, random_rows(shapes), shared) for x in (policy, plain)]
         found, expected = (model(x) for model, x in zip((policy, plain), batches, strict=True))
