@@ -298,6 +298,7 @@ def test_an_unknown_head_is_refused(change, models, monkeypatch):
 # -- wrappers of layers, and files that were not copied
 
 
+@pytest.mark.slow
 @LAYOUTS
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_compiled_layers_take_every_width(name, shared, models, monkeypatch):
