@@ -1,8 +1,8 @@
 """NLPO: PPO that chooses among the top-p tokens of a masking policy, an older copy of the policy.
 
-    M(s)     = the smallest set of tokens with   sum over a in M(s) of psi(a|s) >= p         Ramamurthy et al., section 4
+    M(s)     = the smallest set of tokens with   sum over a in M(s) of psi(a|s) >= p         Ramamurthy et al.
     m(a|s)   = pi(a|s) / sum over b in M(s) of pi(b|s)   if a is in M(s), else 0;   y_t is drawn from m_old
-    R_t  = [t = T] score(x, y) - beta (log pi_old(y_t|s_t) - log ref(y_t|s_t))         Ramamurthy et al., eq. 1
+    R_t  = [t = T] score(x, y) - beta (log pi_old(y_t|s_t) - log ref(y_t|s_t))         Ramamurthy et al.
     A_t  = sum over k of (gamma lambda)^k delta_(t+k),   delta_t = R_t + gamma V(s_(t+1)) - V(s_t)     GAE, eq. 16
     L    = - E_t [ min( rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t ) ],    rho_t = m(y_t|s_t) / m_old(y_t|s_t)        PPO, eq. 7
            + c 1/2 E_t [ max( (V - G_t)^2, (clip(V, V_old - eps_v, V_old + eps_v) - G_t)^2 ) ],    G_t = A_t + V_old(s_t)

@@ -95,7 +95,8 @@ def bytes_of(policy: nn.Module, length: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * size * policy.compute_dtype.itemsize  # a token
-    return cache * length + 20 * config.vocab_size  # logits, probabilities, their sums in float64
+    drawing = 20 * config.vocab_size  # logits, probabilities, their sums in float64
+    return cache * (length + EXTRA_TOKENS) + drawing
 
 
 def fitting(policy: nn.Module, length: int, caches: int = 1) -> int:
@@ -128,27 +129,33 @@ def new_cache(policy: nn.Module) -> Any:
             return super().update(keys.to(low), values.to(low), *args, **more)
 
     class RoomyLayer(DynamicLayer):
-        room: dict[str, Tensor] = {}  # keys and values, and space behind them
+        room: tuple[Tensor, Tensor] | None = None  # keys and values, with space for more tokens
 
         def update(self, keys: Tensor, values: Tensor, *args: Any, **more: Any) -> tuple:
             if not self.is_initialized:
                 self.lazy_initialization(keys, values)
             before = self.get_seq_length()
-            self.keys = self.append("keys", self.keys, keys, before)
-            self.values = self.append("values", self.values, values, before)
+            after = before + keys.shape[-2]
+            if self.room is None or after > self.room[0].shape[-2]:
+                self.room = tuple(
+                    x.new_empty(*x.shape[:-2], after + EXTRA_TOKENS, x.shape[-1])
+                    for x in (keys, values)
+                )
+                for room, old in zip(self.room, (self.keys, self.values), strict=True):
+                    if before:
+                        room[..., :before, :] = old
+            for room, new in zip(self.room, (keys, values), strict=True):
+                room[..., before:after, :] = new
+            self.keys, self.values = (room[..., :after, :] for room in self.room)
             return self.keys, self.values
 
-        def append(self, name: str, old: Tensor, new: Tensor, before: int) -> Tensor:
-            room, after = self.room.get(name), before + new.shape[-2]
-            # Otherwise `old` is a copy: of other rows, or of each row K times.
-            ours = room is not None and old.data_ptr() == room.data_ptr()
-            if not ours or len(new) != len(room) or after > room.shape[-2]:
-                room = new.new_empty(*new.shape[:-2], after + EXTRA_TOKENS, new.shape[-1])
-                if before:
-                    room[..., :before, :] = old
-                self.room = self.room | {name: room}
-            room[..., before:after, :] = new
-            return room[..., :after, :]
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            self.room = None  # frees it before the next layer is copied
+            super().batch_repeat_interleave(repeats)
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            self.room = None
+            super().batch_select_indices(indices)
 
     cache = Cache(config=policy.lm.config)
     own = [type(layer) is DynamicLayer for layer in cache.layers]
