@@ -234,6 +234,14 @@ def test_the_data_sets_responses_as_baseline(ev):
     assert not absent & found["measured"].keys()
 
 
+def test_a_measure_is_what_it_is_as_a_reward(ev, made):
+    letters, how = f"{made}/score.py:letters", {"temperature": (0.0,), "prompts": 10}
+    found, as_reward = ev(measure=(letters,), **how), ev(reward=letters, **how)
+    for side in ("measured", "baseline", "difference"):
+        assert found[side]["greedy/letters"] == as_reward[side]["greedy/reward"]
+    assert found["measured"]["greedy/letters"] != found["measured"]["greedy/reward"]
+
+
 def test_a_question_is_asked_once_and_keeps_its_end(ev, made, answers):
     rows = pair_rows(6)
     write_jsonl(Path("twice.jsonl"), rows + [row | {"chosen": " other"} for row in rows[:4]])
