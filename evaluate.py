@@ -18,7 +18,8 @@ model (or else of the run that saved --reward).
     kl, entropy      log a(y|x) - log b(y|x) and -log a(y|x) of samples from a at temperature 1
     length, ended    tokens, end-of-sequence included; share of answers that have one
     ranking          share of held-out pairs where the chosen response has the higher log-prob: its
-                     sum, its mean, or reference_normalised: the implicit reward log a - log b
+                     sum, its mean, or reference_normalised: the implicit reward log a - log b.
+                     margin: the mean difference of implicit rewards
     chrf, ...        chrF, BLEU and ROUGE-L against the data set's responses (--text-metrics)
 
 Copyright (c) 2026 the plainpref authors. MIT licence. Tested with torch 2.13, transformers 5.23.

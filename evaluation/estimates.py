@@ -182,6 +182,7 @@ def compare_rankings(
     rows["mean"] = [outcomes(*(x / lengths).T) for x in models]
     if base_logps is not None:
         rows["reference_normalised"] = [outcomes(*(logps - base_logps).T)]
+        rows["margin"] = [(logps - base_logps) @ [1, -1]]
     for key, values in rows.items():
         table[f"ranking/{key}"] = means(*values, questions=questions)
 

@@ -1,7 +1,4 @@
-"""A study's three pictures, a panel per method: reward against KL, against length, along the run.
-
-Copyright (c) 2026 the plainpref authors. MIT licence.
-"""
+"""A study's pictures, a panel per method: reward against KL, against length, along the run."""
 
 from pathlib import Path
 

@@ -1,7 +1,4 @@
-"""A study's report, made from its rows alone: a table and pictures.
-
-Copyright (c) 2026 the plainpref authors. MIT licence.
-"""
+"""A study's report, made from its rows alone: a table and pictures."""
 
 import json
 import math
@@ -15,8 +12,11 @@ COLUMNS = {  # heading: key, digits
     "win rate against the start": ("sampled/win_rate", 3),
     "pairs ranked right, against the reference": ("ranking/reference_normalised", 3),
     "pairs ranked right, by the sum": ("ranking/sum", 3),
+    "pairs ranked right, by the mean": ("ranking/mean", 3),
+    "margin against the reference, nats": ("ranking/margin", 2),
     "KL from the start, nats per answer": ("sampled/kl", 2),
     "tokens per answer": ("sampled/length", 2),
+    "tokens per greedy answer": ("greedy/length", 2),
     "answers that end": ("sampled/ended", 2),
     "seconds": ("seconds", 0),
     "CPU seconds": ("cpu_seconds", 0),
@@ -44,7 +44,8 @@ def groups(rows: list[dict]) -> dict[str, list[dict]]:
     def place(row: dict) -> tuple:
         rest = (row.get("strength") or 0, row.get("seed") or 0)
         method = row["method"].rstrip("0123456789").rstrip("-")  # best-of-16
-        return ORDER.index(method), not row["default"], row.get("best_of", 0), *rest
+        known = ORDER.index(method) if method in ORDER else len(ORDER)  # of another tool
+        return known, not row["default"], row.get("best_of", 0), *rest
 
     found: dict[str, list[dict]] = {}
     for row in sorted(rows, key=place):

@@ -21,7 +21,7 @@ from sampling.generate import bytes_of, fitting, generate, text_of
 from sampling.masked import MaskedPolicy, MaskingPolicy
 from sampling.rewards import check_reward, load_reward, reads_tokens_of
 from sampling.score_model import ScoreModel, fresh_head, labels_of, load_score_model
-from training import evaluation, lora, reference
+from training import evaluation, gradients, lora, reference
 from training.parallel import hash_of, snake_order
 
 EVALUATED = 256  # held-out prompts that an evaluation samples a response to
@@ -228,6 +228,7 @@ class Online:
                 ordered, size = sorted(part.tolist(), key=place.get), args.micro_batch_size
                 parts = [ordered[at : at + size] for at in range(0, len(ordered), size)]
                 found.append(snake_order(parts, self.run.world))
+        gradients.backwards = len(found[0][self.run.rank :: self.run.world])
         return found
 
     def collate(

@@ -182,6 +182,8 @@ def test_ranking_is_that_of_a_plain_loop(ev, made):
         assert value(found, "ranking/mean", side) == pytest.approx(by_mean[:, at].mean())
     expected = (implicit[:, 0] > implicit[:, 1]).mean()
     assert value(found, "ranking/reference_normalised") == pytest.approx(expected)
+    margin = (implicit[:, 0] - implicit[:, 1]).mean()
+    assert value(found, "ranking/margin") == pytest.approx(margin, rel=1e-4)
     assert found["facts"]["pairs"] == 40
 
 

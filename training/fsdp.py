@@ -23,6 +23,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from training import gradients
+
 
 def empty_model(config: Any, attention: str | None, kind: type) -> nn.Module:
     """A model with uninitialised weights, for processes that receive them from the main process.
@@ -61,6 +63,7 @@ def shard(policy: nn.Module, layers: nn.ModuleList, device: torch.device) -> Non
         fully_shard(part, mesh=mesh, mp_policy=precision)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo cannot sum with a factor
+    policy.register_forward_pre_hook(gradients.sum_in_last_pass)
     # After fully_shard, so that it runs after FSDP's own hook.
     policy.register_forward_hook(_reshard_without_gradients)
     if hasattr(policy, "next_logits"):

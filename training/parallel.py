@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from training import errors
 
@@ -168,25 +168,6 @@ def broadcast(tensors: list[Tensor]) -> None:
     """Give every process the main process's tensors."""
     for tensor in tensors if dist.is_initialized() else ():
         dist.broadcast(tensor, 0)
-
-
-def sum_gradients(parameters: list[nn.Parameter], bucket_bytes: int = 2**26) -> None:
-    """Sum gradients in a fixed order, in buckets, so that little extra memory is needed."""
-    bucket: list[Tensor] = []
-    # With --fsdp the backward pass has summed them.
-    for p in parameters:
-        if p.grad is None:  # not used on this process, perhaps on another
-            p.grad = torch.zeros_like(p)
-    # With --fsdp the backward pass has summed them.
-    parameters = [p for p in parameters if dist.is_initialized() and not hasattr(p, "full_tensor")]
-    for i, p in enumerate(parameters):
-        bucket.append(p.grad)
-        last = i + 1 == len(parameters) or parameters[i + 1].dtype != p.dtype
-        if last or sum(g.numel() * g.element_size() for g in bucket) >= bucket_bytes:
-            flat = sum_over_processes(torch.cat([g.flatten() for g in bucket]))
-            for g, summed in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-                g.copy_(summed.view_as(g))
-            bucket = []
 
 
 def snake_order(parts: list, world: int) -> list:

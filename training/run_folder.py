@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from data.models import model_folder
-from training import checkpoint, errors, memory, parallel
+from training import checkpoint, errors, gradients, memory, parallel
 from training.parallel import from_main
 
 log = logging.getLogger("plainpref")
@@ -153,6 +153,7 @@ def planned(run: Any, train: list) -> None:
     args = run.args
     how = f"{args.batch_size} rows in micro-batches of {args.micro_batch_size}"
     say("steps", f"{run.total_steps:,} of {how}, {run.steps_per_epoch:,} per epoch")
+    gradients.backwards = args.batch_size // args.micro_batch_size // run.world
     run.made_from["--dataset"] = rows_digest(train)
     many = args.micro_batch_size * max(len(row.responses) for row in train)
     tokens = [sum(map(len, row.responses)) for row in train]
@@ -198,9 +199,11 @@ def ready(run: Any) -> None:
     if run.step and not (run.folder / f"checkpoint-{run.step}").exists():
         raise ValueError(f"{platform.node()} has no {run.folder}: --output-dir must be shared")
     run.tracker = Progress(run)
-    if run.rank == 0 and hasattr(run.policy, "config") and run.largest["targets"]:
+    if hasattr(run.policy, "config") and run.largest["targets"]:
         how = run.largest | {"world": run.world, "cuda": run.device.type == "cuda"}
-        say("memory", f"{memory.estimate(run.policy.config, run.args, **how)} at the longest rows")
+        needed = from_main(lambda: memory.estimate(run.policy.config, run.args, **how))
+        say("memory", f"{needed} at the longest rows")
+        gradients.fsdp_once = run.in_step and from_main(lambda: gradients.fit_whole(needed, run))
 
     writer = None
     if run.device.type != "cpu":  # there the checkpoint's tensors are copies
