@@ -74,7 +74,7 @@ def main(args: Args) -> None:
     for folder in (runs, results / "rows"):
         folder.mkdir(parents=True, exist_ok=True)
     for name, command in (
-        ("dpo-lora16", f"{plain['command']} --lora-rank 16"),
+        ("dpo-lora16", f"{plain['command']} --lora-rank 16".replace("--lr 2e-05", "--lr 0.0002")),
         ("dpo-trl", f"python -m results.real.others --train runs/{args.name}/dpo-s0"),
     ):
         row = plain | {"method": name, "command": command}
