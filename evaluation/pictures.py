@@ -29,10 +29,10 @@ def save(folder: Path, rows: list[dict]) -> dict[str, str]:
 
 
 def panels(titles: list[str], xlabel: str) -> tuple[Figure, list[Axes]]:
-    """Four in a line, all with the same axes."""
-    lines = -(-len(titles) // 4)
-    figure = Figure(figsize=(10, 0.8 + 2 * lines), dpi=120, layout="constrained")
-    axes = list(figure.subplots(lines, 4, squeeze=False, sharex=True, sharey=True).flat)
+    """Up to four in a line, all with the same axes."""
+    shape = -(-len(titles) // 4), min(4, len(titles))
+    figure = Figure((max(4, 2.5 * shape[1]), 0.8 + 2 * shape[0]), dpi=120, layout="constrained")
+    axes = list(figure.subplots(*shape, squeeze=False, sharex=True, sharey=True).flat)
     for axis, title in zip(axes, titles, strict=False):
         axis.set_title(title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
