@@ -62,6 +62,10 @@ def test_the_report(tmp_path):
         assert f"]({name})" in text and (tmp_path / name).stat().st_size > 10_000
 
 
+def test_rows_of_another_tool_come_last():
+    assert [*study.groups([row("dpo-trl", 0, 0.5), *ROWS])][-2:] == ["best-of-4", "dpo-trl"]
+
+
 def test_the_pictures_show_the_rows():
     dpo, kto = pictures.trade_off(ROWS, "sampled/kl").axes[:2]
     assert (dpo.get_title(), kto.get_title()) == ("dpo, by beta", "kto")
