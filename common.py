@@ -376,8 +376,8 @@ def lr_factor(schedule: str, warmup_ratio: float, total: int, step: int) -> floa
 
 def sum_gradients(module: nn.Module) -> None:
     """Sum over all processes, in a fixed order. (With --fsdp the backward pass has done it.)"""
-    if gradients := optional_module("training.gradients"):
-        gradients.sum_over_processes([p for p in module.parameters() if p.requires_grad])
+    if parallel:  # then a missing file must be an error, not a step without a sum
+        import_module("training.gradients").sum_over_processes(module)
 
 
 def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:

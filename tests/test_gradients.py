@@ -48,7 +48,7 @@ for number, passes in enumerate((3, 3, 1, 3)):
         gradients._current.start()
     update(number, passes)
     early.append(gradients._current.sent if gradients._current else 0)
-    gradients.sum_over_processes(parameters)
+    gradients.sum_over_processes(nn.ParameterList(parameters))
     equal &= all(torch.equal(p.grad, g) for p, g in zip(parameters, expected))
 
 gradients.backwards = 2

@@ -81,7 +81,7 @@ _passes: Counter[nn.Module] = Counter()
 
 
 def fit_whole(needed: Any, run: Any) -> bool:
-    """Whether whole gradients fit beside what a step needs. `needed` is an estimate: be careful."""
+    """Whether whole gradients and `needed` (an estimate) take less than 60 % of the GPU."""
     if run.device.type != "cuda":
         return False
     parts, memory = needed.parts, torch.cuda.get_device_properties(run.device).total_memory
@@ -96,9 +96,10 @@ def sum_in_last_pass(policy: nn.Module, inputs: Any) -> None:
 
 
 @torch.no_grad()
-def sum_over_processes(parameters: list[nn.Parameter]) -> None:
-    """Every gradient becomes its sum over all processes."""
+def sum_over_processes(module: nn.Module) -> None:
+    """Every gradient of the trained parameters becomes its sum over all processes."""
     global _current
+    parameters = [p for p in module.parameters() if p.requires_grad]
     if any(passes != backwards for passes in _passes.values()):
         raise RuntimeError(
             f"{[*_passes.values()]} forward passes before sum_gradients, not {backwards}"
